@@ -1,0 +1,75 @@
+# Two commands do everything: `make run` and `make test`. The rest is for contributors.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+PROTOS := $(shell find proto -name '*.proto' | sort)
+SERVICES := $(shell find proto -name '*_service.proto' | sort)
+CODE := agent bench cloud common deploy firmware_sim keys tests
+
+.PHONY: help run test test-crash simulate nightly lint format proto proto-check lock bench clean
+
+help: ## Show what can be made
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is %s; set PYTHON=" % sys.version.split()[0])'
+	@echo "Setting up $(VENV) (about a minute, once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+run: $(STAMP) ## The main job, from grant to bill, with real processes (ARGS=--keep leaves it running)
+	@$(BIN)/python -m deploy.demo.story $(ARGS)
+
+test: $(STAMP) ## All tests that a change must pass
+	@$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+test-crash: $(STAMP) ## 50 rounds of kill -9 in a drive (ROUNDS=50)
+	@FOD_CRASH_ROUNDS=$${ROUNDS:-50} $(BIN)/python -m pytest --timeout 1200 -s tests/e2e/test_crash_rounds.py $(ARGS)
+
+simulate: $(STAMP) ## Seeded simulation of engine, cloud and vehicle (SEEDS=1000)
+	@FOD_SEEDS=$${SEEDS:-1000} $(BIN)/python -m pytest --timeout 1200 -s tests/simulation $(ARGS)
+
+nightly: $(STAMP) ## The long forms of the tests
+	@$(MAKE) test-crash ROUNDS=50
+	@$(MAKE) simulate SEEDS=10000
+
+lint: $(STAMP) proto-check ## Style, types, direction of imports, contracts
+	@$(BIN)/ruff check $(CODE)
+	@$(BIN)/ruff format --check $(CODE)
+	@$(BIN)/mypy $(CODE)
+	@$(BIN)/lint-imports --no-logo
+	@cd proto && ../$(BIN)/buf lint
+
+format: $(STAMP) ## Format the code
+	@$(BIN)/ruff check --fix $(CODE)
+	@$(BIN)/ruff format $(CODE)
+
+define generate
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto --python_out=$(1) --mypy_out=quiet:$(1) $(PROTOS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto --grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) $(SERVICES)
+endef
+
+proto: $(STAMP) ## Generate openfod/ from proto/
+	@rm -rf openfod
+	@$(call generate,.)
+
+proto-check: $(STAMP) ## Check that openfod/ is what proto/ says
+	@rm -rf .cache/proto && mkdir -p .cache/proto
+	@$(call generate,.cache/proto)
+	@diff -r -x __pycache__ .cache/proto/openfod openfod || { echo "openfod/ is not what proto/ says; run: make proto"; exit 1; }
+
+lock: ## Renew the lock files (needs uv)
+	uv pip compile --quiet --universal --generate-hashes --no-header --no-emit-index-url --python-version 3.11 --all-extras pyproject.toml -o requirements.lock
+	uv pip compile --quiet --universal --generate-hashes --no-header --no-emit-index-url --python-version 3.11 pyproject.toml -o requirements-agent.lock
+
+bench: $(STAMP) ## Benchmarks; results go into bench/RESULTS.md
+	@$(BIN)/python -m bench $(ARGS)
+
+clean: ## Remove what was made, the environment included
+	rm -rf $(VENV) .cache run dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
