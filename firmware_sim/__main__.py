@@ -1,0 +1,226 @@
+"""The command `fod-sim`: simulated vehicle, log replay and diagnostic tester."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import can
+
+from common import cli
+from common import log as logs
+from common.config import ConfigError, read
+from firmware_sim import control, replay, tester
+from firmware_sim.frame import Frame
+from firmware_sim.hub import CHANNEL, HOST, to_message
+from firmware_sim.run import ScenarioError, simulate
+from firmware_sim.scenario import BusConfig, Scenario
+from firmware_sim.transport import TransportError, open_bus
+
+_Number = TypeVar("_Number", int, float)
+
+CONNECT_TIMEOUT_S = 5.0
+CLIENT_TIMEOUT_S = 60.0
+"""How long a replay waits for a first client if it is asked to."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; exit codes 0 done, 1 failed, 2 wrong use or configuration."""
+    arguments = _parser().parse_args(argv)
+    logs.configure(arguments.log_level)
+    try:
+        return int(arguments.command(arguments))
+    except (ConfigError, ScenarioError) as error:
+        return cli.fail(str(error), code=cli.EXIT_USAGE)
+    except (TransportError, replay.ReplayError, tester.TesterError) as error:
+        return cli.fail(str(error))
+    except BrokenPipeError:
+        return cli.EXIT_FAILED  # whoever read our output has gone
+    except KeyboardInterrupt:
+        return cli.EXIT_FAILED
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    scenario = read(arguments.scenario, Scenario)
+    commands = arguments.stdin or scenario.control == "stdin"
+    asyncio.run(simulate(scenario, commands=commands, until_eof=arguments.stdin))
+    return cli.EXIT_DONE
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    known = None if arguments.dbc is None else replay.known_ids(arguments.dbc)
+    summary = asyncio.run(_replay_on_a_bus(arguments, known))
+    if arguments.json:
+        cli.print_json(summary.as_json())
+    else:
+        ids = f"{len(summary.ids)} identifiers"
+        if summary.known is not None:
+            ids += f", {summary.known} of them in the DBC"
+        print(f"{summary.frames} frames in {summary.duration_s:.1f} s; {ids}")
+        print(f"{summary.left_out} error and CAN FD frames left out")
+    return cli.EXIT_DONE
+
+
+async def _replay_on_a_bus(arguments: argparse.Namespace, known: frozenset[int] | None) -> replay.Summary:
+    if arguments.interface is not None or arguments.host is not None:
+        with _join(arguments) as joined:
+
+            def send(frame: Frame) -> None:
+                joined.send(to_message(frame))
+
+            return await replay.replay(arguments.log, send, speed=arguments.speed, known=known)
+    config = BusConfig(
+        transport=arguments.bus,
+        channel=arguments.channel or "vcan0",
+        port=arguments.port,
+        slcan=arguments.slcan,
+    )
+    opened = await open_bus(config)
+    try:
+        cli.print_event("ready", **opened.ready)
+        deadline = time.monotonic() + CLIENT_TIMEOUT_S
+        while arguments.wait_client and opened.socketcand is not None and opened.socketcand.client_count == 0:
+            if time.monotonic() > deadline:
+                raise TransportError(f"no client has joined within {CLIENT_TIMEOUT_S:.0f} s")
+            await asyncio.sleep(0.02)
+        return await replay.replay(
+            arguments.log, lambda frame: opened.bus.send(frame, None), speed=arguments.speed, known=known
+        )
+    finally:
+        await opened.close()
+
+
+def _tester(arguments: argparse.Namespace) -> int:
+    tx_id, rx_id = tester.ECUS[arguments.ecu]
+    tx_id, rx_id = arguments.tx or tx_id, arguments.rx or rx_id
+    requests = [tester.read_request(text) for text in arguments.request]
+    exchanges: list[tester.Exchange] = []
+    with _join(arguments) as bus:
+        asking = tester.Tester(bus, tx_id=tx_id, rx_id=rx_id)
+        for request in requests:
+            exchanges.append(asking.ask(request, timeout_s=arguments.timeout))
+            if not arguments.json:
+                print(exchanges[-1].in_words(), flush=True)
+    if arguments.json:
+        cli.print_json([exchange.as_json() for exchange in exchanges])
+    refused = any(exchange.nrc is not None for exchange in exchanges)
+    return cli.EXIT_FAILED if refused else cli.EXIT_DONE
+
+
+def _join(arguments: argparse.Namespace) -> can.BusABC:
+    """Joins a bus that is open already, through python-can."""
+    interface = arguments.interface or "socketcand"
+    options: dict[str, Any] = {}
+    if interface == "socketcand":
+        options = {"host": arguments.host or HOST, "port": arguments.port, "tcp_tune": True}
+    elif interface == "slcan":
+        options = {"bitrate": 500_000, "sleep_after_open": 0}
+    channel = arguments.channel
+    if channel is None:
+        channel = CHANNEL if interface == "socketcand" else "vcan0"
+    try:
+        if interface == "socketcand":
+            # python-can would try again for ten seconds, with a warning each time.
+            socket.create_connection((options["host"], options["port"]), timeout=CONNECT_TIMEOUT_S).close()
+        return can.Bus(interface=interface, channel=channel, ignore_config=True, **options)
+    except (can.CanError, OSError, ValueError) as error:
+        raise TransportError(f"cannot join {interface} {channel}: {error}") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fod-sim", description=__doc__)
+    parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    shape = argparse.RawDescriptionHelpFormatter
+
+    run = commands.add_parser(
+        "run",
+        help="simulate a vehicle in real time",
+        description="Simulates the vehicle of a scenario in real time.\n\nExample:\n"
+        "  fod-sim run deploy/demo/scenario.toml --stdin",
+        epilog=f"Commands, on standard input and in the timeline:\n{control.GRAMMAR}",
+        formatter_class=shape,
+    )
+    run.add_argument("scenario", type=Path, metavar="SCENARIO.toml")
+    run.add_argument("--stdin", action="store_true", help="take commands from standard input; end with it")
+    run.set_defaults(command=_run)
+
+    again = commands.add_parser(
+        "replay",
+        help="put a recorded log on a bus",
+        description="Puts a log on a bus of its own, or with --host or --interface on one that is open.\n\n"
+        "Example:\n  fod-sim replay drive.log --dbc car.dbc --host 127.0.0.1 --port 29536",
+        formatter_class=shape,
+    )
+    again.add_argument("log", type=Path, help="any log that python-can reads")
+    again.add_argument("--dbc", type=Path, help="count the identifiers that it describes")
+    again.add_argument("--speed", type=_speed, default=1.0, help="1.0 as recorded; 0 as fast as possible")
+    again.add_argument("--bus", default="auto", choices=("auto", "socketcan", "socketcand"), help="own bus")
+    again.add_argument("--slcan", action="store_true", help="own bus: also a serial adapter")
+    again.add_argument("--wait-client", action="store_true", help="own bus: begin when a client has joined")
+    again.add_argument("--json", action="store_true")
+    _add_bus(again)
+    again.set_defaults(command=_replay)
+
+    ask = commands.add_parser(
+        "tester",
+        help="send UDS requests to an ECU",
+        description="Sends UDS requests and says the answers in words. HEX@FILE puts a file's bytes behind\n"
+        "the hex digits. Exit code 1 if the ECU refuses or does not answer.\n\nExample:\n"
+        "  fod-sim tester --port 29536 1003 31010F0D@token.cose 220F21",
+        formatter_class=shape,
+    )
+    ask.add_argument("request", nargs="+", metavar="HEX")
+    ask.add_argument("--ecu", default="seat-module", choices=sorted(tester.ECUS))
+    ask.add_argument("--tx", type=_can_id, help="identifier of requests instead of the ECU's, such as 0x744")
+    ask.add_argument("--rx", type=_can_id, help="identifier of answers, such as 0x74C")
+    ask.add_argument(
+        "--timeout", type=_seconds, default=tester.ANSWER_TIMEOUT_S, help="seconds to wait for an answer"
+    )
+    ask.add_argument("--json", action="store_true")
+    _add_bus(ask)
+    ask.set_defaults(command=_tester)
+    return parser
+
+
+def _add_bus(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--interface", choices=("socketcand", "socketcan", "slcan"), help="as in python-can")
+    parser.add_argument("--channel", help="as in python-can: vcan0, can0 or /dev/pts/N")
+    parser.add_argument("--host", help="of socketcand")
+    parser.add_argument("--port", type=_port, default=0, help="of socketcand")
+
+
+def _port(text: str) -> int:
+    return _within(text, 0, 65535, int)
+
+
+def _can_id(text: str) -> int:
+    return _within(text, 0, 0x7FF, lambda digits: int(digits, 0))
+
+
+def _within(text: str, lowest: int, highest: int, read_number: Callable[[str], _Number]) -> _Number:
+    try:
+        value = read_number(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
+    if not lowest <= value <= highest:
+        raise argparse.ArgumentTypeError(f"{text} is not from {lowest} to {highest}")
+    return value
+
+
+def _speed(text: str) -> float:
+    return _within(text, 0, 1000, float)
+
+
+def _seconds(text: str) -> float:
+    return _within(text, 0, 3600, float)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
