@@ -1,0 +1,1 @@
+"""What a feature may do and does: lifecycle, conditions, and the guard before the bus."""

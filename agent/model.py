@@ -1,0 +1,371 @@
+"""The agent's vocabulary: plain values that its parts pass to one another.
+
+Pure: no I/O, no clock, no randomness. Times in `_ns` are of the monotonic
+clock, times in `_ms` and `_s` are Unix time of the trusted clock, unless the
+name says otherwise.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+SignalValue = float | int | str | bool
+
+# --- bus and signals ---------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One CAN frame.
+
+    Args:
+        bus: name of the bus in the agent's configuration.
+        can_id: identifier, 11 or 29 bits.
+        data: 0 to 8 bytes, with CAN FD to 64.
+        monotonic_ns: when it was on the bus.
+        is_extended: True for a 29-bit identifier.
+    """
+
+    bus: str
+    can_id: int
+    data: bytes
+    monotonic_ns: int = 0
+    is_extended: bool = False
+    is_fd: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SignalInfo:
+    """What is known of a signal besides its value.
+
+    Args:
+        unit: unit of its values, as in VSS.
+        resolution: smallest step of its values, in its unit; 0 if not numeric.
+        max_age_ns: age from which its value counts as unknown.
+    """
+
+    name: str
+    unit: str
+    resolution: float
+    max_age_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class SignalChange:
+    """A signal took a new value.
+
+    Args:
+        at_ns: first frame with the new value.
+        previous_seen_ns: last frame with the value before; None for the first
+            value ever. The true change lies between the two.
+    """
+
+    name: str
+    value: SignalValue
+    at_ns: int
+    previous_seen_ns: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class SignalBatch:
+    """What the bus brought in one window.
+
+    Args:
+        changes: changed values, in the order of their frames.
+        seen_ns: for each subscribed signal that was ever valid, the time of
+            the latest frame that carried a valid value (changed or not).
+    """
+
+    changes: tuple[SignalChange, ...]
+    seen_ns: Mapping[str, int]
+
+
+# --- catalogue ---------------------------------------------------------------
+
+
+class ActuatorKind(enum.Enum):
+    """How a feature is switched."""
+
+    TOKEN = "token"  # noqa: S105 (a kind of actuator, not a password)
+    """The ECU verifies a token of its own."""
+    NONE = "none"
+    """The feature lives on the head unit: apps read its state, no bus is written."""
+
+
+class MeterKind(enum.Enum):
+    """What a meter measures."""
+
+    DURATION = "duration"
+    DISTANCE = "distance"
+
+
+@dataclass(frozen=True, slots=True)
+class ConditionSpec:
+    """An expression over signals, and the signals that it reads.
+
+    Args:
+        expression: CEL source over VSS names, such as "Vehicle.Speed < 1.0".
+        inputs: VSS names that it reads; any that is stale or missing makes
+            the whole condition unknown.
+    """
+
+    expression: str
+    inputs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DimensionSpec:
+    """A dimension of a meter: the first value whose condition holds is taken."""
+
+    name: str
+    values: tuple[tuple[str, ConditionSpec], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MeterSpec:
+    """One meter of a feature.
+
+    Args:
+        condition: when it counts, besides the feature being active; None: always.
+        odometer: VSS name of the odometer in km (distance only).
+        speed: VSS name of the speed in km/h for the cross-check (distance only).
+    """
+
+    meter_id: str
+    kind: MeterKind
+    condition: ConditionSpec | None
+    dimensions: tuple[DimensionSpec, ...] = ()
+    odometer: str | None = None
+    speed: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EcuSpec:
+    """Where a feature's ECU is reached.
+
+    Args:
+        identifier: Uptane ECU identifier.
+        hardware_id: Uptane hardware identifier.
+        bus: name of the bus in the agent's configuration.
+        request_id, response_id: CAN identifiers of ISO-TP (ISO 15765-2).
+    """
+
+    identifier: str
+    hardware_id: str
+    bus: str
+    request_id: int
+    response_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadBackSpec:
+    """How to see what the ECU really does: bytes of a DID under a mask.
+
+    Args:
+        did: data identifier, ISO 14229-1 service 0x22.
+        mask, active: the answer's first bytes, masked, equal `active` when on.
+        counter_offset: offset of the 4-byte token counter in the answer, or None.
+    """
+
+    did: int
+    mask: bytes
+    active: bytes
+    counter_offset: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureSpec:
+    """One release of one feature, as the signed catalogue describes it.
+
+    Args:
+        release: release counter, from 1.
+        withdrawn: no new grants; existing rights go on.
+        session: diagnostic session for the requests, 1 to 0x7F.
+        activate: UDS request in front of the token (RoutineControl or
+            WriteDataByIdentifier); empty for kind NONE.
+        release_request: UDS request that switches the feature off without a token.
+        activate_when: must hold before the ECU is asked.
+        release_when: must hold before a feature is taken away.
+        hold_max_s: longest time in HELD, seconds.
+        read_back_interval_s: period of the read-back while active, seconds.
+    """
+
+    feature_id: str
+    release: int
+    title: str
+    enforcement: str
+    withdrawn: bool
+    kind: ActuatorKind
+    ecu: EcuSpec | None
+    feature_number: int
+    session: int
+    activate: bytes
+    release_request: bytes
+    read_back: ReadBackSpec | None
+    activate_when: ConditionSpec
+    release_when: ConditionSpec
+    hold_max_s: int
+    read_back_interval_s: int
+    meters: tuple[MeterSpec, ...]
+    sha256: str = ""
+
+    @property
+    def target_path(self) -> str:
+        """Path of this release in the catalogue repository."""
+        return f"features/{self.feature_id}/{self.release}.toml"
+
+
+# --- rights ------------------------------------------------------------------
+
+
+class PlanKind(enum.Enum):
+    """How a right is paid for; values as in the protobuf contract."""
+
+    PERPETUAL = 1
+    SUBSCRIPTION = 2
+    TRIAL = 3
+    WINDOW = 4
+    PREPAID = 5
+    PAY_PER_USE = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """A limit on a meter, in the meter's unit."""
+
+    meter_id: str
+    limit: int
+    hard: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Entitlement:
+    """One signed right of this vehicle; fields as in entitlement.proto."""
+
+    entitlement_id: str
+    feature_id: str
+    min_release: int
+    account: str
+    plan_kind: PlanKind
+    plan_id: str
+    plan_version: int
+    not_before_s: int
+    not_after_s: int
+    odometer_from_m: int
+    odometer_to_m: int
+    ignition_cycles: int
+    operating_s: int
+    offline_grace_s: int
+    quotas: tuple[Quota, ...]
+    parameters: tuple[tuple[str, str], ...]
+    stays_with_vehicle: bool
+    display: Mapping[str, object]
+    trace_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """An ECU token that the director listed for this vehicle.
+
+    Args:
+        content: the COSE_Sign1 bytes as signed.
+        sha256: hash of the content, hex; what the guard compares.
+        allows: claim "state": True switches on, False burns older tokens.
+    """
+
+    ecu_identifier: str
+    feature_id: str
+    feature_number: int
+    counter: int
+    allows: bool
+    content: bytes
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rights:
+    """Everything that one verified update says; all of it agrees.
+
+    Args:
+        version: version of the director's targets.
+        entitlements: by feature id.
+        features: the release of each feature that rights or tokens use, by feature id.
+        tokens: by feature id.
+    """
+
+    version: int
+    entitlements: Mapping[str, Entitlement] = field(default_factory=dict)
+    features: Mapping[str, FeatureSpec] = field(default_factory=dict)
+    tokens: Mapping[str, Token] = field(default_factory=dict)
+
+
+# --- trust -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Versions:
+    """Versions of one repository's trusted metadata; 0 means none."""
+
+    root: int = 0
+    timestamp: int = 0
+    snapshot: int = 0
+    targets: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RepositoryBytes:
+    """Metadata of one repository as received: verified, or to be verified.
+
+    Args:
+        roots: root files in the order of their versions.
+        timestamp, snapshot, targets: empty if absent.
+    """
+
+    roots: tuple[bytes, ...] = ()
+    timestamp: bytes = b""
+    snapshot: bytes = b""
+    targets: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class TrustBytes:
+    """Both repositories and their targets: an update, or the stored state."""
+
+    director: RepositoryBytes = RepositoryBytes()
+    catalogue: RepositoryBytes = RepositoryBytes()
+    director_targets: Mapping[str, bytes] = field(default_factory=dict)
+    catalogue_targets: Mapping[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TrustedTime:
+    """A moment of the trusted clock.
+
+    Args:
+        unix_ms: best estimate that never goes back.
+        uncertainty_ms: how far it may be behind.
+        source: "signed", "mark" or "build".
+    """
+
+    unix_ms: int
+    uncertainty_ms: int
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A verified update.
+
+    Args:
+        state: complete new trusted state, to be stored before it is used.
+        signed_ms: time that the director signed, Unix milliseconds; 0 for
+            stored state.
+    """
+
+    state: TrustBytes
+    director: Versions
+    catalogue: Versions
+    rights: Rights
+    signed_ms: int

@@ -1,0 +1,1 @@
+"""From frames to signal values: databases, mappings, decode plans, current state."""
