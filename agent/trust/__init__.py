@@ -1,0 +1,1 @@
+"""Decides what this vehicle trusts: metadata, rights, tokens and time."""

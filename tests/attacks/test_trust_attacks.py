@@ -1,0 +1,655 @@
+"""Attacks on what a vehicle trusts: each is refused, and what was trusted is trusted on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from securesystemslib.signer import CryptoSigner
+from support.trust_repo import (
+    DAY_MS,
+    LOGBOOK,
+    NOW_MS,
+    OTHER_VIN,
+    SEAT,
+    UID,
+    VIN,
+    Cloud,
+    Vehicle,
+    feature_file,
+    make_token,
+    nonce,
+    resigned,
+    supplied,
+)
+from tuf.api.metadata import Delegations, Key, MetaFile
+
+from agent.errors import (
+    DisagreementError,
+    ExpiredError,
+    LimitError,
+    MalformedError,
+    ReplayError,
+    RollbackError,
+    SignatureError,
+    VehicleMismatchError,
+)
+from agent.model import RepositoryBytes, TrustBytes
+from agent.trust.verifier import Floors
+
+SEAT_FILE = "features/seat-heating/1.toml"
+TOKEN_FILE = "tokens/seat-module/seat-heating.cose"
+
+
+@pytest.fixture
+def cloud() -> Cloud:
+    return Cloud()
+
+
+def with_part(update: TrustBytes, repository: str, **parts: Any) -> TrustBytes:
+    """Replace parts of one repository in an update."""
+    return replace(update, **{repository: replace(getattr(update, repository), **parts)})
+
+
+# --- forged and tampered -----------------------------------------------------
+
+
+@pytest.mark.parametrize("repository", ["director", "catalogue"])
+@pytest.mark.parametrize("role", ["timestamp", "snapshot", "targets"])
+def test_metadata_forged_with_other_keys_is_refused(cloud: Cloud, repository: str, role: str) -> None:
+    vehicle = supplied(cloud)
+    getattr(cloud, repository).signers[role] = [CryptoSigner.generate_ed25519() for _ in range(3)]
+    cloud.publish_catalogue()
+    cloud.publish()
+    vehicle.refuses(cloud.answer(vehicle.nonce), SignatureError, match=f"{repository} {role}")
+
+
+def test_a_wholly_forged_cloud_for_the_right_vehicle_and_nonce_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    forger = Cloud()
+    forger.grant()
+    vehicle.refuses(forger.answer(vehicle.nonce), SignatureError, match="director timestamp")
+
+
+@pytest.mark.parametrize("repository", ["director", "catalogue"])
+def test_a_forged_root_is_refused(cloud: Cloud, repository: str) -> None:
+    vehicle = supplied(cloud)
+    forger = Cloud()
+    forger.director.add_root()
+    forged = forger.director.roots[1]
+    vehicle.refuses(
+        with_part(cloud.answer(vehicle.nonce), repository, roots=(forged,)), SignatureError, match="root"
+    )
+
+
+@pytest.mark.parametrize("repository", ["director", "catalogue"])
+@pytest.mark.parametrize("role", ["timestamp", "snapshot", "targets"])
+def test_a_later_expiry_written_into_signed_metadata_is_refused(
+    cloud: Cloud, repository: str, role: str
+) -> None:
+    vehicle = supplied(cloud)
+    cloud.publish_catalogue()
+    cloud.publish()
+    update = cloud.answer(vehicle.nonce)
+    content = getattr(getattr(update, repository), role)
+    tampered = content.replace(b'"expires":"20', b'"expires":"30')
+    assert tampered != content
+    with pytest.raises((SignatureError, MalformedError)):
+        vehicle.take(with_part(update, repository, **{role: tampered}))
+    assert SEAT in vehicle.boot().rights.entitlements
+
+
+@pytest.mark.parametrize("path", ["entitlements.pb", TOKEN_FILE, SEAT_FILE])
+def test_a_target_file_of_other_content_is_refused(cloud: Cloud, path: str) -> None:
+    vehicle = supplied(cloud)
+    content = (cloud.files | cloud.catalogue_files)[path]
+    cloud.tamper[path] = content[:-1] + bytes([content[-1] ^ 1])
+    vehicle.refuses(cloud.answer(vehicle.nonce), MalformedError, match="does not match")
+
+
+@pytest.mark.parametrize(("repository", "role"), [("director", "root"), ("catalogue", "root")])
+def test_a_root_below_the_threshold_is_refused(cloud: Cloud, repository: str, role: str) -> None:
+    vehicle = supplied(cloud)
+    source = getattr(cloud, repository)
+    source.signers[role] = source.keys[role][:1]
+    source.add_root()
+    vehicle.refuses(cloud.answer(vehicle.nonce), SignatureError, match="1/2")
+
+
+def test_catalogue_targets_below_the_threshold_are_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    cloud.catalogue.signers["targets"] = cloud.catalogue.keys["targets"][:1]
+    cloud.publish_catalogue()
+    vehicle.refuses(cloud.answer(vehicle.nonce), SignatureError, match="catalogue targets: .*1/2")
+
+
+def test_one_signature_twice_does_not_make_a_threshold(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    cloud.catalogue.signers["targets"] = cloud.catalogue.keys["targets"][:1] * 2
+    cloud.publish_catalogue()
+    vehicle.refuses(cloud.answer(vehicle.nonce), SignatureError)
+
+
+def test_one_key_under_two_ids_is_refused_in_a_root(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+
+    def double(root: Any) -> None:
+        key = cloud.director.keys["targets"][0].public_key
+        twin = type(key)("0" * 64, key.keytype, key.scheme, key.keyval)
+        root.keys[twin.keyid] = twin
+        root.roles["targets"].keyids.append(twin.keyid)
+        root.roles["targets"].threshold = 2
+
+    cloud.director.edits["root"] = double
+    cloud.director.add_root()
+    vehicle.refuses(cloud.answer(vehicle.nonce), MalformedError, match="two key ids")
+
+
+def test_a_key_without_a_public_half_is_refused_in_a_root(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    gpg = {"keytype": "rsa", "scheme": "pgp+rsa-pkcsv1.5", "keyval": {"private": "", "public": {"n": "1"}}}
+    cloud.director.edits["root"] = lambda root: root.keys.update(a=Key.from_dict("a", dict(gpg)))
+    cloud.director.add_root()
+    vehicle.refuses(cloud.answer(vehicle.nonce), MalformedError, match="no public half")
+
+
+def test_a_skipped_root_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    cloud.director.add_root()
+    cloud.director.add_root()
+    update = with_part(cloud.answer(vehicle.nonce), "director", roots=(cloud.director.roots[2],))
+    vehicle.refuses(update, DisagreementError, match="root")
+
+
+def test_metadata_of_revoked_keys_is_refused_after_a_rotation(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    stolen = cloud.director.keys["timestamp"]
+    cloud.director.rotate("timestamp")
+    vehicle.take(cloud.answer(vehicle.nonce))
+    cloud.director.signers["timestamp"] = stolen
+    vehicle.refuses(cloud.answer(vehicle.nonce), SignatureError)
+
+
+def test_one_role_in_place_of_another_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    cloud.publish()
+    update = cloud.answer(vehicle.nonce)
+    swapped = with_part(update, "director", targets=update.director.snapshot)
+    vehicle.refuses(swapped, MalformedError)
+
+
+# --- another vehicle ---------------------------------------------------------
+
+
+def test_genuine_metadata_of_another_vehicle_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    cloud.director.extra["vin"] = OTHER_VIN
+    cloud.publish()
+    message = vehicle.refuses(cloud.answer(vehicle.nonce), VehicleMismatchError)
+    assert OTHER_VIN in message
+    assert VIN in message
+
+
+@pytest.mark.parametrize("role", ["snapshot", "targets"])
+def test_one_file_of_another_vehicle_is_refused(cloud: Cloud, role: str) -> None:
+    vehicle = supplied(cloud)
+    cloud.director.edits[role] = lambda signed: signed.unrecognized_fields.update(vin=OTHER_VIN)
+    cloud.publish()
+    vehicle.refuses(cloud.answer(vehicle.nonce), VehicleMismatchError, match=role)
+
+
+@pytest.mark.parametrize("role", ["timestamp", "snapshot", "targets"])
+def test_metadata_that_names_no_vehicle_is_refused(cloud: Cloud, role: str) -> None:
+    vehicle = supplied(cloud)
+    cloud.director.edits[role] = lambda signed: signed.unrecognized_fields.pop("vin")
+    cloud.publish()
+    vehicle.refuses(cloud.answer(vehicle.nonce), MalformedError, match="vin")
+
+
+def test_entitlements_of_another_vehicle_in_genuine_metadata_are_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    cloud.vin = OTHER_VIN
+    cloud.publish()
+    vehicle.refuses(cloud.answer(vehicle.nonce), VehicleMismatchError, match="entitlements")
+
+
+def test_a_store_moved_to_another_vehicle_is_refused_at_boot(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    other = Vehicle(cloud, vin=OTHER_VIN)
+    other.stored, other.refreshed_ms = vehicle.stored, vehicle.refreshed_ms
+    with pytest.raises(VehicleMismatchError):
+        other.boot()
+
+
+# --- replay, freeze and rollback ---------------------------------------------
+
+
+def test_an_old_unexpired_answer_is_refused_by_its_nonce(cloud: Cloud) -> None:
+    vehicle = Vehicle(cloud)
+    cloud.grant()
+    captured = cloud.answer(vehicle.nonce)
+    vehicle.take(captured)
+    cloud.revoke()
+    vehicle.take(cloud.answer(vehicle.nonce))
+    message = vehicle.refuses(captured, ReplayError)
+    assert nonce(1).hex() in message
+    assert vehicle.nonce.hex() in message
+
+
+def test_an_answer_without_a_nonce_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    vehicle.refuses(cloud.answer(None), ReplayError, match="None")
+
+
+def test_a_timestamp_of_the_same_version_and_another_nonce_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    cloud.director.timestamp_version -= 1
+    vehicle.refuses(cloud.answer(vehicle.nonce), ReplayError, match="director timestamp version 1")
+
+
+@pytest.mark.parametrize("repository", ["director", "catalogue"])
+@pytest.mark.parametrize("role", ["snapshot", "targets"])
+def test_an_equal_version_with_other_bytes_is_refused(cloud: Cloud, repository: str, role: str) -> None:
+    vehicle = supplied(cloud)
+    source = getattr(cloud, repository)
+    source.edits[role] = lambda signed: signed.unrecognized_fields.update(note="other bytes")
+    source.publish(source.version)
+    cloud.catalogue_timestamp = cloud.catalogue.stamp()
+    vehicle.refuses(cloud.answer(vehicle.nonce), ReplayError, match=f"{repository} {role}")
+
+
+def test_a_catalogue_timestamp_of_equal_version_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    cloud.at(NOW_MS + 1_000)
+    cloud.catalogue.timestamp_version -= 1
+    cloud.catalogue_timestamp = cloud.catalogue.stamp()
+    vehicle.refuses(cloud.answer(vehicle.nonce), ReplayError, match="catalogue timestamp")
+
+
+def test_an_older_director_timestamp_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    vehicle.take(cloud.answer(vehicle.nonce))
+    cloud.director.timestamp_version = 0
+    with pytest.raises(RollbackError) as caught:
+        vehicle.take(cloud.answer(vehicle.nonce))
+    assert (caught.value.trusted, caught.value.received) == (2, 1)
+    assert SEAT in vehicle.boot().rights.entitlements
+
+
+@pytest.mark.parametrize("repository", ["director", "catalogue"])
+def test_an_older_set_under_a_new_timestamp_is_refused(cloud: Cloud, repository: str) -> None:
+    vehicle = supplied(cloud)
+    cloud.publish()
+    cloud.publish_catalogue()
+    vehicle.take(cloud.answer(vehicle.nonce))
+    source = getattr(cloud, repository)
+    source.publish(source.version - 1)
+    cloud.catalogue_timestamp = cloud.catalogue.stamp()
+    vehicle.refuses(cloud.answer(vehicle.nonce), RollbackError, match=f"{repository} snapshot")
+
+
+@pytest.mark.parametrize("repository", ["director", "catalogue"])
+def test_older_targets_under_a_new_snapshot_are_refused(cloud: Cloud, repository: str) -> None:
+    vehicle = supplied(cloud)
+    cloud.publish()
+    cloud.publish_catalogue()
+    vehicle.take(cloud.answer(vehicle.nonce))
+    source = getattr(cloud, repository)
+
+    def older(snapshot: Any) -> None:
+        snapshot.version += 2
+        source.version = snapshot.version
+
+    source.edits["snapshot"] = older
+    source.publish(source.version - 1)
+    cloud.catalogue_timestamp = cloud.catalogue.stamp()
+    vehicle.refuses(cloud.answer(vehicle.nonce), RollbackError, match=f"{repository} targets")
+
+
+def test_an_older_catalogue_timestamp_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    old = cloud.catalogue_timestamp
+    cloud.catalogue_timestamp = cloud.catalogue.stamp()
+    vehicle.take(cloud.answer(vehicle.nonce))
+    cloud.catalogue_timestamp = old
+    vehicle.refuses(cloud.answer(vehicle.nonce), RollbackError, match="catalogue timestamp")
+
+
+def test_a_store_without_the_newer_roots_is_refused_by_the_floor(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    old = vehicle.stored
+    cloud.director.rotate("root")
+    vehicle.take(cloud.answer(vehicle.nonce))
+    vehicle.stored = old
+    with pytest.raises(RollbackError, match="director root"):
+        vehicle.boot()
+
+
+def test_a_token_with_an_older_counter_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    cloud.revoke()
+    vehicle.take(cloud.answer(vehicle.nonce))
+    cloud.counters[SEAT] = 0
+    cloud.grant()
+    vehicle.refuses(cloud.answer(vehicle.nonce), RollbackError, match="token counter")
+
+
+def test_an_older_release_of_a_feature_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    cloud.describe(SEAT, 2)
+    cloud.publish_catalogue()
+    cloud.grant(SEAT, release=2)
+    vehicle.take(cloud.answer(vehicle.nonce))
+    cloud.grant(SEAT, release=1)
+    vehicle.refuses(cloud.answer(vehicle.nonce), RollbackError, match="release")
+
+
+@pytest.mark.parametrize("repository", ["director", "catalogue"])
+@pytest.mark.parametrize("role", ["snapshot", "targets"])
+def test_frozen_metadata_is_refused_once_it_has_expired(cloud: Cloud, repository: str, role: str) -> None:
+    vehicle = supplied(cloud)
+    source = getattr(cloud, repository)
+    source.edits[role] = lambda s: setattr(s, "expires", s.expires - timedelta(days=31))
+    cloud.publish()
+    cloud.publish_catalogue()
+    vehicle.refuses(cloud.answer(vehicle.nonce), ExpiredError, match=f"{repository} {role}")
+
+
+def test_a_catalogue_that_is_withheld_is_refused_once_it_has_expired(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    cloud.at(NOW_MS + 2 * DAY_MS)
+    cloud.publish()
+    frozen = replace(cloud.answer(vehicle.nonce), catalogue=RepositoryBytes(), catalogue_targets={})
+    vehicle.refuses(frozen, ExpiredError, match="catalogue timestamp")
+
+
+def test_an_expired_root_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    cloud.at(NOW_MS + 6 * 365 * DAY_MS)
+    cloud.publish()
+    cloud.publish_catalogue()
+    vehicle.refuses(cloud.answer(vehicle.nonce), ExpiredError, match=r"root\.json is expired")
+
+
+def test_an_unverified_time_moves_nothing(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    update = cloud.answer(vehicle.nonce, time_ms=NOW_MS + 9_000 * DAY_MS)
+    forged = resigned(update.director.timestamp, CryptoSigner.generate_ed25519())
+    vehicle.refuses(with_part(update, "director", timestamp=forged), SignatureError)
+
+
+# --- mix and match, and disagreement -----------------------------------------
+
+
+def test_targets_of_another_set_are_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    cloud.publish()
+    middle = cloud.director.targets_bytes
+    cloud.publish()
+    update = with_part(cloud.answer(vehicle.nonce), "director", targets=middle)
+    vehicle.refuses(update, RollbackError, match="director targets")
+
+
+def test_targets_newer_than_their_snapshot_are_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    cloud.publish()
+    older = cloud.answer(vehicle.nonce)
+    cloud.publish()
+    update = with_part(older, "director", targets=cloud.director.targets_bytes)
+    vehicle.refuses(update, DisagreementError, match="different sets")
+
+
+def test_a_snapshot_of_another_set_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    cloud.publish()
+    middle = cloud.director.snapshot_bytes
+    cloud.publish()
+    update = with_part(cloud.answer(vehicle.nonce), "director", snapshot=middle)
+    vehicle.refuses(update, MalformedError, match="director snapshot")
+
+
+def test_a_feature_that_the_catalogue_does_not_list_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    cloud.describe(SEAT, 2)  # described, never signed by the catalogue's keys
+    cloud.grant(SEAT, release=2)
+    vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError, match="the catalogue does not")
+
+
+def test_a_feature_of_other_content_than_in_the_catalogue_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    harmful = feature_file(SEAT).replace(b"31 01 0F 0E 00 01", b"31 01 0F 0E 00 02")
+    cloud.catalogue_files[SEAT_FILE] = harmful  # the director's keys are stolen
+    cloud.publish()
+    message = vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError, match="sha256")
+    assert "the director says" in message
+    assert "the catalogue" in message
+
+
+def edit_custom(path: str, **custom: object) -> Callable[[Any], None]:
+    """Change custom metadata of a target before it is signed."""
+
+    def edit(targets: Any) -> None:
+        targets.targets[path].unrecognized_fields["custom"].update(custom)
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("path", "custom", "match"),
+    [
+        (SEAT_FILE, {"hardware_id": "other-module"}, "hardware_id 'other-module'"),
+        (SEAT_FILE, {"release_counter": 2}, "release_counter"),
+        (SEAT_FILE, {"release_counter": True}, "release_counter"),
+        (SEAT_FILE, {"ecu_identifier": "brake-module"}, "ecu_identifier"),
+        (TOKEN_FILE, {"ecu_identifier": "brake-module"}, "ecu_identifier"),
+        (TOKEN_FILE, {"hardware_id": "other-module"}, "hardware_id"),
+        (TOKEN_FILE, {"release_counter": 9}, "release_counter"),
+    ],
+)
+def test_custom_metadata_that_disagrees_is_refused(
+    cloud: Cloud, path: str, custom: dict[str, object], match: str
+) -> None:
+    vehicle = supplied(cloud)
+    cloud.director.edits["targets"] = edit_custom(path, **custom)
+    cloud.publish()
+    vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError, match=match)
+
+
+def test_a_catalogue_that_no_longer_lists_the_hardware_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    cloud.catalogue.edits["targets"] = edit_custom(SEAT_FILE, hardware_ids=["another"])
+    cloud.publish_catalogue()
+    vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError, match="hardware_id")
+
+
+def test_targets_without_custom_metadata_or_hash_are_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    cloud.director.edits["targets"] = lambda t: t.targets[TOKEN_FILE].unrecognized_fields.clear()
+    cloud.publish()
+    vehicle.refuses(cloud.answer(vehicle.nonce), MalformedError, match="custom")
+
+    def only_md5(targets: Any) -> None:
+        targets.targets["entitlements.pb"].hashes = {"md5": "0" * 32}
+
+    cloud.director.edits["targets"] = only_md5
+    cloud.publish()
+    vehicle.refuses(cloud.answer(vehicle.nonce), MalformedError, match="sha256")
+
+
+def test_delegations_of_the_director_are_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    cloud.director.edits["targets"] = lambda t: setattr(t, "delegations", Delegations({}, {}))
+    cloud.publish()
+    vehicle.refuses(cloud.answer(vehicle.nonce), MalformedError, match="delegations")
+
+
+def test_a_snapshot_that_drops_targets_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    cloud.director.edits["snapshot"] = lambda s: setattr(s, "meta", {"other.json": MetaFile(9)})
+    cloud.publish()
+    vehicle.refuses(cloud.answer(vehicle.nonce), MalformedError, match="missing info")
+
+
+def test_a_right_to_a_release_that_is_not_listed_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    cloud.grant(SEAT, release=1, min_release=2)
+    vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError, match="release 2 or later")
+
+
+def test_a_right_to_a_feature_that_is_not_listed_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    cloud.rights[SEAT].feature_id = "massage"
+    cloud.publish()
+    vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError, match="lists none")
+
+
+def test_entitlements_of_another_version_are_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    cloud.publish(said_version=2)
+    vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError, match="of version 2")
+
+
+def test_a_token_for_another_feature_of_the_ecu_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    cloud.tokens[SEAT] = make_token(cloud.token_key, feature=2, counter=cloud.counters[SEAT], uid=UID)
+    cloud.publish()
+    vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError, match="feature number")
+
+
+def test_a_token_for_a_feature_that_takes_none_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    cloud.grant(LOGBOOK)
+    cloud.tokens[LOGBOOK] = cloud.tokens[SEAT]
+    cloud.publish()
+    vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError, match="takes a token")
+
+
+def test_two_releases_of_one_feature_are_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    cloud.describe(SEAT, 2)
+    cloud.publish_catalogue()
+
+    def both(targets: Any) -> None:
+        targets.targets["features/seat-heating/2.toml"] = targets.targets[SEAT_FILE]
+
+    cloud.director.edits["targets"] = both
+    cloud.publish()
+    vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError, match="more than one release")
+
+
+@pytest.mark.parametrize("path", ["../evil", "tokens/a/b/c.cose", "features/x/0.toml", "firmware.bin"])
+def test_a_target_at_a_path_of_no_contract_is_refused(cloud: Cloud, path: str) -> None:
+    vehicle = supplied(cloud)
+
+    def add(targets: Any) -> None:
+        targets.targets[path] = targets.targets["entitlements.pb"]
+
+    cloud.director.edits["targets"] = add
+    cloud.publish()
+    update = cloud.answer(vehicle.nonce)
+    files = {**update.director_targets, path: cloud.files["entitlements.pb"]}
+    vehicle.refuses(replace(update, director_targets=files), MalformedError, match="expected entitlements")
+
+
+@pytest.mark.parametrize("kind", ["director_targets", "catalogue_targets"])
+def test_a_file_that_nobody_listed_is_refused(cloud: Cloud, kind: str) -> None:
+    vehicle = supplied(cloud)
+    update = cloud.answer(vehicle.nonce)
+    files: Any = {**getattr(update, kind), "features/drivers-logbook/1.toml": feature_file(LOGBOOK)}
+    vehicle.refuses(replace(update, **{kind: files}), DisagreementError, match="not listed")
+
+
+@pytest.mark.parametrize("kind", ["director_targets", "catalogue_targets"])
+def test_a_listed_file_that_was_never_sent_is_refused(cloud: Cloud, kind: str) -> None:
+    vehicle = Vehicle(cloud)
+    cloud.grant()
+    nothing: Any = {}
+    update = replace(cloud.answer(vehicle.nonce), **{kind: nothing})
+    with pytest.raises(MalformedError, match="neither received nor stored"):
+        vehicle.take(update)
+    assert vehicle.stored == cloud.provisioned()
+
+
+def test_a_feature_file_under_the_path_of_another_release_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    cloud.describe(SEAT, 2, content=feature_file(SEAT, 1))
+    cloud.publish_catalogue()
+    cloud.grant(SEAT, release=2)
+    vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError, match="the file itself says")
+
+
+# --- endless data ------------------------------------------------------------
+
+SIZES = {"timestamp": 16_384, "snapshot": 65_536, "targets": 524_288}
+
+
+@pytest.mark.parametrize("repository", ["director", "catalogue"])
+@pytest.mark.parametrize("role", list(SIZES))
+def test_oversized_metadata_is_refused_unread(cloud: Cloud, repository: str, role: str) -> None:
+    vehicle = supplied(cloud)
+    endless = b"[" * (SIZES[role] + 1)
+    update = with_part(cloud.answer(vehicle.nonce), repository, **{role: endless})
+    vehicle.refuses(update, LimitError, match=f"{repository} {role}, bytes")
+
+
+@pytest.mark.parametrize("repository", ["director", "catalogue"])
+@pytest.mark.parametrize("role", list(SIZES))
+@pytest.mark.parametrize("opening", [b"[", b'{"a":'])
+def test_deeply_nested_metadata_is_refused_unread(
+    cloud: Cloud, repository: str, role: str, opening: bytes
+) -> None:
+    vehicle = supplied(cloud)
+    deep = opening * 2_000
+    update = with_part(cloud.answer(vehicle.nonce), repository, **{role: deep})
+    vehicle.refuses(update, LimitError, match="depth")
+
+
+def test_too_many_or_too_large_roots_are_refused_unread(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    update = cloud.answer(vehicle.nonce)
+    vehicle.refuses(with_part(update, "director", roots=(b"{}",) * 33), LimitError)
+    vehicle.refuses(with_part(update, "catalogue", roots=(b" " * 65_537,)), LimitError)
+
+
+def test_too_many_or_too_large_targets_are_refused_unread(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    update = cloud.answer(vehicle.nonce)
+    many = {f"t{i}": b"" for i in range(513)}
+    vehicle.refuses(replace(update, director_targets=many), LimitError)
+    vehicle.refuses(replace(update, catalogue_targets=many), LimitError)
+    vehicle.refuses(replace(update, director_targets={"t": b" " * 65_537}), LimitError)
+    vehicle.refuses(replace(update, director_targets={"t" * 257: b""}), LimitError)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"null",
+        b"{}",
+        b'{"signed":{"version":1.5}}',
+        b'{"signed":{"version":NaN}}',
+        b'{"signed":{"version":true}}',
+        b'{"signed":{"version":0}}',
+        b'{"signed":{"version":1,"version":2}}',
+        b'{"signed":{"version":' + b"9" * 5_000 + b"}}",
+        b"\xff\xfe",
+        b'"' + b'\\"' * 8_000,
+    ],
+)
+def test_metadata_of_another_form_is_refused(cloud: Cloud, content: bytes) -> None:
+    vehicle = Vehicle(cloud)
+    cloud.grant()
+    update = with_part(cloud.answer(vehicle.nonce), "director", timestamp=content)
+    with pytest.raises(MalformedError):
+        vehicle.take(update)
+    assert vehicle.floors == Floors()
+
+
+def test_signed_numbers_beyond_every_calendar_are_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    for time_ms in (-1, 0, 10**18):
+        vehicle.refuses(cloud.answer(vehicle.nonce, time_ms=time_ms), MalformedError, "time_ms")
