@@ -1,0 +1,297 @@
+"""fod-agent: the command line of the in-vehicle agent."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from agent import __version__
+from agent.config import DEFAULT_PATH, AgentConfig, load
+from agent.errors import AgentError, TransportError
+from common import log
+from common.cli import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, fail, print_json, print_table
+from common.config import ConfigError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        config = load(arguments.config)
+    except ConfigError as error:
+        return fail(str(error), code=EXIT_USAGE)
+    log.configure(config.log.level, config.log.form)
+    try:
+        code: int = arguments.command(config, arguments)
+    except (AgentError, OSError) as error:
+        return fail(str(error))
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fod-agent",
+        description="The in-vehicle agent for features on demand.",
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong use or configuration.",
+    )
+    parser.add_argument("--version", action="version", version=f"fod-agent {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, handler: object, summary: str, example: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"Example: {example}",
+        )
+        sub.set_defaults(command=handler)
+        sub.add_argument(
+            "--config", type=Path, default=DEFAULT_PATH, metavar="FILE", help=f"default: {DEFAULT_PATH}"
+        )
+        return sub
+
+    enroll = command(
+        "enroll",
+        _enroll,
+        "Make the device key here, and get its certificate with a one-time claim.",
+        "fod-agent enroll --config agent.toml --claim TOKEN",
+    )
+    enroll.add_argument("--claim", required=True, metavar="TOKEN", help="as printed by fod-cloud vehicle add")
+    enroll.add_argument("--json", action="store_true", help="print one JSON document")
+    command("run", _run, "Run the agent until it is told to end.", "fod-agent run --config agent.toml")
+    status = command(
+        "status",
+        _status,
+        "Show rights, features, trusted time, journal and buses.",
+        "fod-agent status --config agent.toml --json",
+    )
+    status.add_argument("--json", action="store_true", help="print one JSON document")
+    check = command(
+        "check",
+        _check,
+        "Check configuration, keys, signal databases and stored rights; change nothing.",
+        "fod-agent check --config agent.toml",
+    )
+    check.add_argument("--json", action="store_true", help="print one JSON document")
+    return parser
+
+
+def _enroll(config: AgentConfig, arguments: argparse.Namespace) -> int:
+    from agent.adapters import identity, link
+    from openfod.vehicle.v1 import vehicle_service_pb2 as pb
+
+    directory = config.state.directory
+    if identity.load(directory) is not None:
+        raise AgentError(
+            f"this vehicle is enrolled already ({directory / identity.CERTIFICATE_FILE}); a second"
+            " enrolment needs the operator: remove that file once there is a new claim"
+        )
+    key = identity.make_key(directory)
+    request = pb.EnrollRequest(
+        vin=config.vehicle.vin,
+        claim_token=arguments.claim,
+        csr_der=identity.make_csr(key, config.vehicle.vin),
+    )
+    cloud = config.cloud
+    answer = link.enroll(cloud.enrolment_endpoint, link.read_ca(cloud.root_ca), cloud.server_name, request)
+    identity.save(directory, answer.certificate_der, answer.source)
+    if arguments.json:
+        print_json({"vin": config.vehicle.vin, "source": answer.source, "directory": str(directory)})
+    else:
+        print(f"{config.vehicle.vin} is enrolled; its usage is reported as {answer.source}.")
+        print(f"The device key was made here and stays in {directory / identity.KEY_FILE}.")
+    return EXIT_DONE
+
+
+def _run(config: AgentConfig, _arguments: argparse.Namespace) -> int:
+    from agent.app import App
+
+    return App(config).run()
+
+
+def _status(config: AgentConfig, arguments: argparse.Namespace) -> int:
+    from agent.adapters import local_api
+
+    try:
+        status = local_api.ask(config.api_socket, "/v1/status")
+        status["running"] = True
+    except TransportError as error:
+        status = _stored_status(config)
+        status["running"] = False
+        status["not_running"] = str(error)
+    if arguments.json:
+        print_json(status)
+    else:
+        _print_status(status)
+    return EXIT_DONE
+
+
+def _stored_status(config: AgentConfig) -> dict[str, object]:
+    """What the store says while no agent runs; reads only."""
+    from agent.adapters import identity
+    from agent.adapters.clock import SystemClock
+    from agent.adapters.store import Store
+    from agent.app import STORE_FILE
+    from agent.trust.verifier import verify_stored
+
+    directory = config.state.directory
+    known = identity.load(directory)
+    status: dict[str, object] = {"vin": config.vehicle.vin, "source": known.source if known else ""}
+    if not (directory / STORE_FILE).exists():
+        return status
+    store = Store(directory / STORE_FILE, boot_id=SystemClock().boot_id(), journal_id="")
+    try:
+        stored = store.load()
+    finally:
+        store.close()
+    status["time"] = {"unix_ms": stored.mark_ms, "uncertainty_ms": None, "source": "mark"}
+    status["last_contact_ms"] = stored.contact_ms
+    status["journal"] = {
+        "id": stored.head.journal_id,
+        "records": stored.head.seq,
+        "stored": stored.head.seq,
+        "receipts_to": stored.acked_seq,
+    }
+    if stored.as_of_ms:
+        verdict = verify_stored(
+            stored.trust, vin=config.vehicle.vin, as_of_ms=stored.as_of_ms, floors=stored.floors
+        )
+        status["rights_version"] = verdict.rights.version
+        status["features"] = [
+            {
+                "feature": feature_id,
+                "state": "STORED",
+                "reason": "the agent is not running",
+                "entitlement": right.entitlement_id,
+                "activation_ms": 0,
+            }
+            for feature_id, right in sorted(verdict.rights.entitlements.items())
+        ]
+    return status
+
+
+def _print_status(status: dict[str, object]) -> None:
+    print(f"Vehicle {status['vin']}, in usage records {status['source'] or 'not enrolled'}")
+    if not status["running"]:
+        print(f"The agent is not running; this is what it has stored. ({status['not_running']})")
+    else:
+        print(f"Cloud: {status['link']}; last signed answer {_when(status['last_contact_ms'])}")
+    moment = status.get("time")
+    if isinstance(moment, dict):
+        doubt = moment["uncertainty_ms"]
+        known = isinstance(doubt, int) and doubt < 10**12
+        unsure = f"at most {doubt} ms behind" if known else "uncertainty unknown"
+        print(f"Trusted time: {_when(moment['unix_ms'])} ({moment['source']}, {unsure})")
+    if status.get("last_refusal"):
+        print(f"Last refused update: {status['last_refusal']}")
+    features = status.get("features")
+    print()
+    if isinstance(features, list) and features:
+        rows = [
+            (
+                f["feature"],
+                f["state"],
+                f["reason"],
+                f["entitlement"] or "-",
+                f"{f['activation_ms']} ms" if f["activation_ms"] else "-",
+            )
+            for f in features
+        ]
+        print_table(("feature", "state", "why", "right", "grant to on"), rows)
+    else:
+        print("No features: no right has arrived yet.")
+    journal = status.get("journal")
+    if isinstance(journal, dict):
+        print(
+            f"\nJournal {journal['id']}: {journal['records']} records,"
+            f" receipts up to {journal['receipts_to']}"
+        )
+    buses = status.get("buses")
+    if isinstance(buses, dict):
+        print("Buses: " + ", ".join(f"{name} {state}" for name, state in buses.items()))
+    signals = status.get("signals")
+    if isinstance(signals, dict) and signals:
+        print()
+        readings = [
+            (name, "unknown" if s["value"] is None else s["value"], s["unit"], _age(s["age_ms"]))
+            for name, s in signals.items()
+        ]
+        print_table(("signal", "value", "unit", "age"), readings)
+
+
+def _when(unix_ms: object) -> str:
+    if not isinstance(unix_ms, int) or unix_ms == 0:
+        return "never"
+    return datetime.fromtimestamp(unix_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _age(age_ms: object) -> str:
+    return f"{age_ms} ms" if isinstance(age_ms, int) else "never seen"
+
+
+def _check(config: AgentConfig, arguments: argparse.Namespace) -> int:
+    from agent.adapters import identity
+    from agent.app import anchors, plan_of, receipt_key
+    from agent.trust.verifier import check_anchors
+
+    report: dict[str, object] = {"vin": config.vehicle.vin}
+    problems: list[str] = []
+    buses: dict[str, object] = {}
+    for bus in config.buses:
+        try:
+            database, plan = plan_of(bus)
+        except AgentError as error:
+            problems += str(error).splitlines()
+            continue
+        buses[bus.name] = {
+            "interface": bus.interface,
+            "channel": bus.channel,
+            "messages": len(database.messages) if database else 0,
+            "signals": sorted(plan.infos) if plan else [],
+            "skipped": [
+                {"line": s.line, "statement": s.statement, "reason": s.reason}
+                for s in (database.skipped if database else ())
+            ],
+        }
+    report["buses"] = buses
+    for check in (lambda: receipt_key(config.trust.receipt_key), lambda: check_anchors(anchors(config))):
+        try:
+            check()
+        except AgentError as error:
+            problems.append(str(error))
+    try:
+        known = identity.load(config.state.directory)
+        report["source"] = known.source if known else None
+    except AgentError as error:
+        problems.append(str(error))
+    report["listen_only"] = config.vehicle.listen_only
+    report["problems"] = problems
+    if arguments.json:
+        print_json(report)
+    else:
+        _print_check(report, buses, problems)
+    return EXIT_FAILED if problems else EXIT_DONE
+
+
+def _print_check(report: dict[str, object], buses: dict[str, object], problems: list[str]) -> None:
+    print(f"Vehicle {report['vin']}: {report.get('source') or 'not enrolled yet (fod-agent enroll)'}")
+    print("It may only listen." if report["listen_only"] else "It may write to its buses.")
+    for name, bus in buses.items():
+        assert isinstance(bus, dict)
+        print(
+            f"Bus {name} ({bus['interface']} {bus['channel']}): {bus['messages']} messages,"
+            f" {len(bus['signals'])} signals mapped"
+        )
+        for skipped in bus["skipped"]:
+            print(f"  skipped line {skipped['line']}: {skipped['statement']}: {skipped['reason']}")
+    for problem in problems:
+        print(f"problem: {problem}", file=sys.stderr)
+    if not problems:
+        print("No problems.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""The agent's local interface: HTTP on a Unix socket that only its owner may open.
+
+`GET /v1/status` answers what `fod-agent status` shows. The answer is made by
+the agent's loop, so that it is one consistent moment, and is never cacheable:
+a revoked right must not live on in a client.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+import socketserver
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+
+from agent.errors import TransportError
+
+MAX_SOCKET_PATH = 100
+"""Longest path of a Unix socket that every system takes (108 less the end)."""
+ANSWER_S = 5.0
+"""Longest wait for an answer."""
+
+
+class _Server(socketserver.ThreadingUnixStreamServer):
+    daemon_threads = True
+    status: Callable[[], dict[str, object]]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+    timeout = ANSWER_S
+
+    def do_GET(self) -> None:
+        if self.path != "/v1/status":
+            self._answer(404, {"error": f"{self.path} is not here; try /v1/status"})
+            return
+        try:
+            self._answer(200, self.server.status())
+        except TimeoutError:
+            self._answer(503, {"error": f"the agent did not answer within {ANSWER_S:.0f} s"})
+
+    def _answer(self, code: int, content: dict[str, object]) -> None:
+        body = json.dumps(content, default=str).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Cache-Control", "no-store")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (name given)
+        """Says nothing: a status page asks often."""
+
+    def address_string(self) -> str:
+        return "local"
+
+
+class LocalApi:
+    """Serves the local interface until `close`."""
+
+    def __init__(self, path: Path, status: Callable[[], dict[str, object]]) -> None:
+        """Opens the socket, mode 0600.
+
+        Args:
+            status: makes the status, called in a thread of the server; raises
+                TimeoutError if the loop does not answer.
+
+        Raises:
+            TransportError: the socket cannot be made.
+        """
+        if len(os.fsencode(path)) > MAX_SOCKET_PATH:
+            raise TransportError(
+                f"{path}: a socket's path has at most {MAX_SOCKET_PATH} bytes; set state.api_socket"
+            )
+        self._path = path
+        before = os.umask(0o177)
+        try:
+            path.unlink(missing_ok=True)
+            self._server = _Server(str(path), _Handler)
+        except OSError as error:
+            raise TransportError(f"{path}: {error.strerror}") from error
+        finally:
+            os.umask(before)
+        self._server.status = status
+        self._thread = threading.Thread(target=self._server.serve_forever, name="local-api", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Closes the socket and removes it."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._path.unlink(missing_ok=True)
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=ANSWER_S)
+        self._unix_path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(ANSWER_S)
+        self.sock.connect(str(self._unix_path))
+
+
+def ask(path: Path, resource: str) -> dict[str, object]:
+    """Asks a running agent.
+
+    Raises:
+        TransportError: none is running there, or it did not answer.
+    """
+    connection = _UnixConnection(path)
+    try:
+        connection.request("GET", resource)
+        response = connection.getresponse()
+        content = json.loads(response.read())
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise TransportError(f"no agent answers at {path}: {error}") from error
+    finally:
+        connection.close()
+    if response.status != http.client.OK or not isinstance(content, dict):
+        raise TransportError(f"the agent at {path} answered {response.status}: {content}")
+    return content

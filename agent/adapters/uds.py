@@ -1,0 +1,240 @@
+"""Talks to ECUs: UDS (ISO 14229-1:2020) on ISO-TP (ISO 15765-2:2016), one job at a time each.
+
+The libraries' own logic and codecs are driven by the agent's loop, so that
+every request and every frame passes the guard. A job is a list of requests;
+the first one that fails ends it. While another tester is heard on the bus,
+jobs wait: two testers on one ECU spoil each other's sessions.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import isotp
+from udsoncan import Response
+from udsoncan.ResponseCode import ResponseCode
+
+from agent.errors import (
+    EcuSilentError,
+    NegativeResponseError,
+    UnexpectedResponseError,
+    VehicleError,
+)
+from agent.events import EcuDone, RunEcu
+from agent.features.guard import Guard
+from agent.model import EcuSpec, Frame
+from common import log
+
+P2_NS = 1_000_000_000
+"""Longest wait for an answer: P2 with room for a slow gateway (ISO 14229-2, 7.2)."""
+P2_STAR_NS = 5_000_000_000
+"""Longest wait after "response pending" (0x78)."""
+MAX_PENDING = 10
+"""How often an ECU may say "response pending" to one request."""
+FOREIGN_TESTER_NS = 3_000_000_000
+"""How long jobs wait after another tester was heard."""
+FUNCTIONAL_ID = 0x7DF
+"""Identifier of functional requests (ISO 15765-4, 11 bits)."""
+_NEGATIVE = 0x7F
+_POSITIVE_OFFSET = 0x40
+
+_log = log.get(__name__)
+
+
+@dataclass
+class _Ecu:
+    """One ECU's transport layer and jobs."""
+
+    spec: EcuSpec
+    layer: isotp.TransportLayerLogic
+    received: deque[isotp.CanMessage] = field(default_factory=deque)
+    jobs: deque[RunEcu] = field(default_factory=deque)
+    job: RunEcu | None = None
+    index: int = 0
+    answer: bytes = b""
+    deadline_ns: int = 0
+    pending: int = 0
+    trouble: Exception | None = None
+
+
+class UdsClient:
+    """Runs jobs; driven by `poll` and `on_frame` from the agent's loop."""
+
+    def __init__(
+        self,
+        guard: Guard,
+        send: Callable[[Frame], None],
+        monotonic_ns: Callable[[], int],
+        done: Callable[[EcuDone], None],
+    ) -> None:
+        """Starts without any ECU.
+
+        Args:
+            send: puts a frame on its bus; raises VehicleError.
+            done: takes the outcome of a job.
+        """
+        self._guard = guard
+        self._send = send
+        self._monotonic_ns = monotonic_ns
+        self._done = done
+        self._ecus: dict[tuple[str, int], _Ecu] = {}
+        self._answers: dict[tuple[str, int], _Ecu] = {}
+        self._foreign_until_ns = 0
+
+    @property
+    def is_active(self) -> bool:
+        """True while a job is at work: `poll` is wanted every few milliseconds."""
+        return any(e.job or e.jobs for e in self._ecus.values())
+
+    def run(self, job: RunEcu) -> None:
+        """Queues a job; its outcome comes through `done`."""
+        key = (job.ecu.bus, job.ecu.request_id)
+        ecu = self._ecus.get(key)
+        if ecu is None or ecu.spec != job.ecu:
+            ecu = self._ecus[key] = self._connect(job.ecu)
+            self._answers[(job.ecu.bus, job.ecu.response_id)] = ecu
+        ecu.jobs.append(job)
+        self.poll()
+
+    def on_frame(self, frame: Frame) -> None:
+        """Takes a frame from a bus; those of no interest are ignored."""
+        ecu = self._answers.get((frame.bus, frame.can_id))
+        if ecu is not None and ecu.job is not None:
+            ecu.received.append(
+                isotp.CanMessage(frame.can_id, data=frame.data, extended_id=frame.is_extended)
+            )
+            self.poll()
+        elif frame.can_id == FUNCTIONAL_ID or (frame.bus, frame.can_id) in self._ecus:
+            now_ns = self._monotonic_ns()
+            if now_ns >= self._foreign_until_ns:
+                _log.info("another tester speaks; ECU jobs wait", can_id=f"0x{frame.can_id:X}", bus=frame.bus)
+            self._foreign_until_ns = now_ns + FOREIGN_TESTER_NS
+
+    def poll(self) -> None:
+        """Moves every job on as far as it goes now."""
+        for ecu in list(self._ecus.values()):
+            self._poll(ecu)
+
+    def _connect(self, spec: EcuSpec) -> _Ecu:
+        mode = isotp.AddressingMode.Normal_11bits
+        if spec.request_id > 0x7FF:  # noqa: PLR2004 (highest 11-bit identifier)
+            mode = isotp.AddressingMode.Normal_29bits
+        address = isotp.Address(mode, txid=spec.request_id, rxid=spec.response_id)
+        received: deque[isotp.CanMessage] = deque()
+
+        def transmit(message: isotp.CanMessage) -> None:
+            frame = Frame(
+                spec.bus,
+                message.arbitration_id,
+                bytes(message.data),
+                self._monotonic_ns(),
+                is_extended=message.is_extended_id,
+            )
+            self._guard.check_frame(frame, frame.monotonic_ns)
+            self._send(frame)
+            trace_id = ecu.job.trace_id if ecu.job else ""
+            _log.debug(
+                "frame sent",
+                bus=spec.bus,
+                can_id=f"0x{frame.can_id:X}",
+                data=frame.data.hex(),
+                trace_id=trace_id,
+            )
+
+        def receive(_timeout_s: float) -> isotp.CanMessage | None:
+            return received.popleft() if received else None
+
+        def trouble(error: Exception) -> None:
+            ecu.trouble = error
+
+        layer = isotp.TransportLayerLogic(
+            receive, transmit, address, error_handler=trouble, params={"max_frame_size": 512}
+        )
+        ecu = _Ecu(spec, layer, received)
+        return ecu
+
+    def _poll(self, ecu: _Ecu) -> None:
+        now_ns = self._monotonic_ns()
+        if ecu.job is None:
+            if not ecu.jobs or now_ns < self._foreign_until_ns:
+                return
+            ecu.job, ecu.index = ecu.jobs.popleft(), 0
+            self._begin_request(ecu, now_ns)
+        while ecu.job is not None:
+            try:
+                ecu.layer.process()
+                answer = ecu.layer.recv()
+            except VehicleError as error:
+                self._end(ecu, error)
+                return
+            if ecu.trouble is not None:
+                self._end(ecu, UnexpectedResponseError(f"{ecu.spec.identifier}: {ecu.trouble}"))
+            elif answer is not None:
+                self._take(ecu, bytes(answer), now_ns)
+            elif now_ns >= ecu.deadline_ns:
+                wait_ms = (P2_STAR_NS if ecu.pending else P2_NS) // 1_000_000
+                self._end(ecu, EcuSilentError(f"{ecu.spec.identifier} did not answer within {wait_ms} ms"))
+            else:
+                return
+
+    def _begin_request(self, ecu: _Ecu, now_ns: int) -> None:
+        assert ecu.job is not None
+        request = ecu.job.requests[ecu.index]
+        ecu.layer.reset()
+        ecu.received.clear()
+        ecu.pending, ecu.trouble = 0, None
+        ecu.deadline_ns = now_ns + P2_NS
+        try:
+            self._guard.approve(ecu.spec, request)
+            ecu.layer.send(request)
+        except VehicleError as error:
+            self._end(ecu, error)
+            return
+        _log.info(
+            "request to ECU",
+            ecu=ecu.spec.identifier,
+            purpose=ecu.job.purpose,
+            request=request[:4].hex(" "),
+            size=len(request),
+            trace_id=ecu.job.trace_id,
+        )
+
+    def _take(self, ecu: _Ecu, answer: bytes, now_ns: int) -> None:
+        assert ecu.job is not None
+        request = ecu.job.requests[ecu.index]
+        if answer[:1] == bytes([_NEGATIVE]) and len(answer) >= 3:  # noqa: PLR2004 (7F SID NRC)
+            nrc = answer[2]
+            if nrc == ResponseCode.RequestCorrectlyReceived_ResponsePending and ecu.pending < MAX_PENDING:
+                ecu.pending += 1
+                ecu.deadline_ns = now_ns + P2_STAR_NS
+                return
+            name = ResponseCode.get_name(nrc)
+            self._end(ecu, NegativeResponseError(ecu.spec.identifier, service=answer[1], nrc=nrc, name=name))
+            return
+        response = Response.from_payload(answer)
+        expected = request[0] + _POSITIVE_OFFSET
+        if not response.valid or answer[0] != expected:
+            found = answer[:8].hex(" ") or "nothing"
+            self._end(
+                ecu,
+                UnexpectedResponseError(
+                    f"{ecu.spec.identifier} answered {found}, expected a response 0x{expected:02X}"
+                ),
+            )
+            return
+        self._guard.close(ecu.spec)
+        ecu.answer = answer
+        ecu.index += 1
+        if ecu.index < len(ecu.job.requests):
+            self._begin_request(ecu, now_ns)
+        else:
+            self._end(ecu, None)
+
+    def _end(self, ecu: _Ecu, error: VehicleError | None) -> None:
+        job, ecu.job = ecu.job, None
+        self._guard.close(ecu.spec)
+        ecu.layer.reset()
+        if job is not None:
+            self._done(EcuDone(job.feature_id, b"" if error else ecu.answer, error))

@@ -1,0 +1,552 @@
+"""The composition root: one loop around the engine, and the threads that serve it.
+
+The loop never waits for a disk, a signature or the network. A reader thread
+for each bus, a writer thread for SQLite, a worker for verification and
+signing, and the link's thread post to one queue. Only here is a fault caught
+broadly: it leads to the safe state (nothing more is sent) and a non-zero exit.
+"""
+
+from __future__ import annotations
+
+import queue
+import signal
+import threading
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+from agent import __version__
+from agent import events as ev
+from agent.adapters.can_bus import CanBus
+from agent.adapters.clock import SystemClock, SystemRandom
+from agent.adapters.identity import Identity
+from agent.adapters.identity import load as load_identity
+from agent.adapters.link import Link, read_ca
+from agent.adapters.local_api import ANSWER_S, LocalApi
+from agent.adapters.store import Store
+from agent.adapters.uds import FUNCTIONAL_ID, UdsClient
+from agent.config import AgentConfig, BusConfig
+from agent.engine import Engine, check_conditions
+from agent.errors import (
+    AgentError,
+    ConditionError,
+    JournalError,
+    MalformedError,
+    ReplayError,
+    TrustError,
+    VehicleError,
+)
+from agent.features.guard import Guard
+from agent.features.lifecycle import State
+from agent.metering.record import BATCH_DOMAIN, RECEIPT_DOMAIN, batch
+from agent.model import Frame, RepositoryBytes, Rights, TrustBytes, Verdict, Versions
+from agent.signals.database import SignalDatabase
+from agent.signals.database import load as load_database
+from agent.signals.mapping import load as load_mapping
+from agent.signals.plan import DecodePlan
+from agent.signals.state import Collector
+from agent.trust.clock import TrustedClock
+from agent.trust.verifier import Floors, floors_after, starts_new_epoch, verify_stored, verify_update
+from common import log
+from openfod.usage.v1 import usage_pb2
+from openfod.vehicle.v1 import vehicle_service_pb2 as pb
+
+BUILD_MS = 1_795_305_600_000
+"""When this version was built (2026-11-22), Unix milliseconds: no trusted time is earlier."""
+STORE_FILE = "agent.db"
+UDS_POLL_S = 0.002
+"""Pause between looks at a running ECU job."""
+STORE_RETRY_S = 2.0
+"""Pause before a write that failed is tried again; the order of writes is kept."""
+
+_log = log.get(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Frames:
+    frames: list[Frame]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ask:
+    answer: Future[dict[str, object]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Fault:
+    error: BaseException
+
+
+@dataclass(frozen=True, slots=True)
+class _Stop:
+    pass
+
+
+_Item = ev.Event | _Frames | _Ask | _Fault | _Stop
+
+
+def anchors(config: AgentConfig) -> TrustBytes:
+    """The roots that ship in the image, as the first trusted state."""
+    return TrustBytes(
+        director=RepositoryBytes(roots=(config.trust.director_root.read_bytes(),)),
+        catalogue=RepositoryBytes(roots=(config.trust.catalogue_root.read_bytes(),)),
+    )
+
+
+def receipt_key(path: Path) -> Ed25519PublicKey:
+    """The key that signs receipts.
+
+    Raises:
+        TrustError: the file is not an Ed25519 public key.
+    """
+    try:
+        key = load_pem_public_key(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise TrustError(f"{path} is not a public key: {error}") from error
+    if not isinstance(key, Ed25519PublicKey):
+        raise TrustError(f"{path} holds a key of another kind, expected Ed25519")
+    return key
+
+
+def plan_of(bus: BusConfig) -> tuple[SignalDatabase | None, DecodePlan | None]:
+    """Database and decode plan of a bus; None without a database.
+
+    Raises:
+        DatabaseError: they cannot be used.
+    """
+    if bus.database is None or bus.signals is None:
+        return None, None
+    database = load_database(bus.database)
+    entries = load_mapping(bus.signals, database)
+    return database, DecodePlan.compile(database, entries, bus.name, [e.vss for e in entries])
+
+
+class App:
+    """A running agent."""
+
+    def __init__(self, config: AgentConfig) -> None:
+        """Opens the store and verifies what it holds; touches no bus and no network.
+
+        Raises:
+            AgentError: something is missing or damaged; says what.
+        """
+        self._config = config
+        self._clock = SystemClock()
+        self._random = SystemRandom()
+        self._queue: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+        started_ns = self._clock.monotonic_ns()
+        identity = load_identity(config.state.directory)
+        if identity is None:
+            raise AgentError("this vehicle is not enrolled; run: fod-agent enroll --claim TOKEN")
+        self._identity: Identity = identity
+        self._receipt_key = receipt_key(config.trust.receipt_key)
+        self._store = Store(
+            config.state.directory / STORE_FILE,
+            boot_id=self._clock.boot_id(),
+            journal_id=self._random.token(8).hex(),
+        )
+        stored = self._store.load()
+        # Two copies, one for each thread: what is verified runs ahead of what is on disk.
+        self._verified_floors: Floors = stored.floors
+        self._stored_floors: Floors = stored.floors
+        self._trusted = stored.trust if stored.trust.director.roots else anchors(config)
+        verdict = self._verify_stored(stored.as_of_ms) if stored.as_of_ms else None
+        self._guard = Guard(listen_only=config.vehicle.listen_only)
+        plans = [plan for _, plan in map(plan_of, config.buses) if plan is not None]
+        self._plans = {plan.bus_name: plan for plan in plans}
+        self._collector = Collector(plans)
+        now_ns = self._clock.monotonic_ns()
+        self._engine = Engine(
+            source=identity.source,
+            clock=TrustedClock(mark_ms=stored.mark_ms, build_ms=BUILD_MS, monotonic_ns=now_ns),
+            infos=self._collector.infos,
+            checkpoint_ns=int(config.metering.checkpoint_s * 1e9),
+            window_ns=int(config.metering.window_s * 1e9),
+        )
+        self._booted = ev.Booted(
+            verdict=verdict,
+            head=stored.head,
+            acked_seq=stored.acked_seq,
+            windows=stored.windows,
+            same_boot=stored.same_boot,
+            used=stored.used,
+            last_contact_ms=stored.contact_ms,
+        )
+        self._buses = {b.name: self._make_bus(b) for b in config.buses}
+        self._uds = UdsClient(self._guard, self._send_frame, self._clock.monotonic_ns, self._post)
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="verify")
+        self._stopping = threading.Event()
+        self._link: Link | None = None
+        _log.info("agent is ready", after_ms=(self._clock.monotonic_ns() - started_ns) // 1_000_000)
+
+    def _verify_stored(self, as_of_ms: int) -> Verdict | None:
+        """Verifies the stored state; a damaged one is named, and not used."""
+        try:
+            return verify_stored(
+                self._trusted, vin=self._config.vehicle.vin, as_of_ms=as_of_ms, floors=self._stored_floors
+            )
+        except TrustError as error:
+            _log.error(
+                "stored rights are not valid and are not used; the cloud will send them anew",
+                error=error.kind,
+                reason=str(error),
+            )
+            self._trusted = anchors(self._config)
+            return None
+
+    def _make_bus(self, bus: BusConfig) -> CanBus:
+        options: dict[str, Any] = {
+            name: value for name in ("host", "port", "speed") if (value := getattr(bus, name)) is not None
+        }
+        plan = self._plans.get(bus.name)
+        return CanBus(
+            bus.name,
+            bus.interface,
+            bus.channel,
+            bus.bitrate,
+            bus.fd,
+            on_frames=lambda frames: self._queue.put(_Frames(frames)),
+            on_state=lambda name, state, reason: self._post(ev.BusChanged(name, state.value, reason)),
+            wanted_ids=plan.can_ids if plan else (),
+            listen_only=self._config.vehicle.listen_only,
+            monotonic_ns=self._clock.monotonic_ns,
+            wall_ns=self._clock.wall_ns,
+            uniform=self._random.uniform,
+            **options,
+        )
+
+    # --- the loop ----------------------------------------------------------------
+
+    def run(self) -> int:
+        """Runs until SIGTERM or SIGINT; returns the exit code."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._queue.put(_Stop()))
+        api = LocalApi(self._config.api_socket, self._ask)
+        cloud = self._config.cloud
+        self._link = Link(
+            cloud.endpoint,
+            read_ca(cloud.root_ca),
+            cloud.server_name,
+            self._identity,
+            self._random,
+            self._post,
+            self._receipt_arrived,
+        )
+        code = 0
+        try:
+            self._step(self._booted)
+            for bus in self._buses.values():
+                bus.open()
+            self._link.start()
+            self._loop()
+        except Exception as error:  # noqa: BLE001 (the composition root: reach the safe state)
+            code = 1
+            self._guard.pause("the agent has failed")
+            trace = "".join(traceback.format_exception(error))
+            _log.error("the agent failed and sends nothing more", error=repr(error), trace=trace)
+        finally:
+            self._shut_down(api)
+        return code
+
+    def _loop(self) -> None:
+        while True:
+            wait_s = max(0.0, (self._engine.wake_ns() - self._clock.monotonic_ns()) / 1e9)
+            if self._uds.is_active:
+                wait_s = min(wait_s, UDS_POLL_S)
+            try:
+                item: _Item | None = self._queue.get(timeout=wait_s)
+            except queue.Empty:
+                item = None
+            if self._uds.is_active:
+                self._uds.poll()
+            match item:
+                case None:
+                    if self._clock.monotonic_ns() >= self._engine.wake_ns():
+                        self._step(ev.Ticked())
+                case _Frames(frames):
+                    self._take_frames(frames)
+                case _Ask(answer):
+                    answer.set_result(self._status())
+                case _Fault(error):
+                    raise error
+                case _Stop():
+                    self._step(ev.Stopping())
+                    return
+                case _:
+                    self._step(item)
+
+    def _take_frames(self, frames: list[Frame]) -> None:
+        for frame in frames:
+            self._collector.feed(frame)
+            self._uds.on_frame(frame)
+        self._step(ev.SignalsArrived(self._collector.drain()))
+
+    def _step(self, event: ev.Event) -> None:
+        for command in self._engine.step(event, self._clock.monotonic_ns()):
+            self._do(command)
+
+    def _post(self, event: ev.Event) -> None:
+        self._queue.put(event)
+
+    def _do(self, command: ev.Command) -> None:
+        match command:
+            case ev.Say(level, message, fields):
+                getattr(_log, level)(message, **fields)
+            case ev.RunEcu():
+                self._uds.run(command)
+            case ev.Allow(rights, live):
+                self._guard.allow(rights, live)
+                self._listen_for(rights)
+            case ev.StoreUsage():
+                self._write(partial(self._store.store_usage, command), ev.Persisted(command.number))
+            case ev.MarkSent(number, through_seq):
+                self._write(partial(self._store.mark_sent, through_seq), ev.Persisted(number))
+            case ev.StoreTrust():
+                self._write(partial(self._store_trust, command), ev.Persisted(command.number))
+            case ev.SendUsage(first_seq, through_seq):
+                self._submit(self._writer, partial(self._read_usage, first_seq, through_seq))
+            case ev.Verify():
+                received_ns = self._clock.monotonic_ns()
+                self._submit(self._worker, partial(self._verify, command, received_ns))
+            case ev.MakeNonce():
+                self._post(ev.NonceMade(self._random.token(16)))
+            case _:
+                self._tell_cloud(command)
+
+    def _listen_for(self, rights: Rights) -> None:
+        """Receives the answers of every ECU in use, and other testers' requests, at once."""
+        urgent: dict[str, set[tuple[int, bool]]] = {}
+        for feature in rights.features.values():
+            if feature.ecu is not None and feature.ecu.request_id:
+                ids = urgent.setdefault(feature.ecu.bus, {(FUNCTIONAL_ID, False)})
+                for can_id in (feature.ecu.request_id, feature.ecu.response_id):
+                    ids.add((can_id, can_id > 0x7FF))  # noqa: PLR2004 (highest 11-bit identifier)
+        for name, bus in self._buses.items():
+            plan = self._plans.get(name)
+            try:
+                bus.receive(plan.can_ids if plan else (), urgent.get(name, ()))
+            except VehicleError as error:
+                _log.warning(str(error), bus=name)
+
+    def _send_frame(self, frame: Frame) -> None:
+        bus = self._buses.get(frame.bus)
+        if bus is None:
+            raise VehicleError(f"the catalogue names bus {frame.bus!r}, agent.toml has none of that name")
+        bus.send(frame)
+
+    # --- store and worker ------------------------------------------------------------
+
+    def _submit(self, pool: ThreadPoolExecutor, job: Callable[[], None]) -> None:
+        def guarded() -> None:
+            try:
+                job()
+            except Exception as error:  # noqa: BLE001 (handed to the loop, which ends the agent)
+                self._queue.put(_Fault(error))
+
+        pool.submit(guarded)
+
+    def _write(self, job: Callable[[], None], done: ev.Event) -> None:
+        """Writes on the store's thread, in order; a failed write is tried again until it holds."""
+
+        def persist() -> None:
+            while True:
+                try:
+                    job()
+                except JournalError as error:
+                    _log.error(
+                        "the store cannot be written; trying again, nothing is lost", reason=str(error)
+                    )
+                    if self._stopping.wait(STORE_RETRY_S):
+                        return
+                else:
+                    self._post(done)
+                    return
+
+        self._submit(self._writer, persist)
+
+    def _store_trust(self, command: ev.StoreTrust) -> None:
+        floors = floors_after(command.verdict, self._stored_floors)
+        self._store.store_trust(command, floors)
+        self._stored_floors = floors
+
+    def _verify(self, command: ev.Verify, received_ns: int) -> None:
+        refusal: AgentError = ReplayError("no nonce is waiting, so nothing can answer one")
+        for nonce in command.nonces:
+            try:
+                verdict = verify_update(
+                    self._trusted,
+                    command.update,
+                    vin=self._config.vehicle.vin,
+                    nonce=nonce,
+                    now_ms=command.now_ms,
+                    floors=self._verified_floors,
+                )
+                check_conditions(verdict.rights)
+            except ReplayError as error:
+                refusal = error
+            except (TrustError, ConditionError) as error:
+                refusal = error
+                break
+            else:
+                new_epoch = starts_new_epoch(verdict, self._verified_floors)
+                # The next update builds on this one, even before it is on disk.
+                self._trusted = verdict.state
+                self._verified_floors = floors_after(verdict, self._verified_floors)
+                self._post(ev.UpdateVerified(verdict, nonce, received_ns, new_epoch))
+                return
+        self._post(ev.UpdateRefused(refusal.kind, str(refusal)))
+
+    def _read_usage(self, first_seq: int, through_seq: int) -> None:
+        records = self._store.records(first_seq, through_seq)
+        journal_id = self._store.journal_id()
+        self._submit(self._worker, partial(self._send_usage, journal_id, records))
+
+    def _send_usage(self, journal_id: str, records: tuple[bytes, ...]) -> None:
+        content = batch(self._identity.source, journal_id, records)
+        signed = usage_pb2.SignedUsageBatch(
+            batch=content, signature=self._identity.sign(BATCH_DOMAIN + content)
+        )
+        if self._link is not None:
+            self._link.send(pb.ConnectRequest(usage=signed))
+
+    def _receipt_arrived(self, signed: usage_pb2.SignedUsageReceipt) -> None:
+        self._submit(self._worker, partial(self._check_receipt, signed))
+
+    def _check_receipt(self, signed: usage_pb2.SignedUsageReceipt) -> None:
+        try:
+            receipt = self._verified_receipt(signed)
+        except TrustError as error:
+            _log.error("receipt refused; the records are kept", error=error.kind, reason=str(error))
+            return
+
+        def keep() -> None:
+            held = self._store.record_hash(receipt.through_seq)
+            if held != receipt.head_hash:
+                _log.error(
+                    "receipt refused: the cloud holds another record at its end; the records are kept",
+                    through_seq=receipt.through_seq,
+                )
+                return
+            self._store.store_receipt(receipt.through_seq, signed.receipt, signed.signature)
+            self._post(ev.ReceiptStored(receipt.through_seq))
+            _log.info("signed receipt for usage", through_seq=receipt.through_seq)
+
+        self._submit(self._writer, keep)
+
+    def _verified_receipt(self, signed: usage_pb2.SignedUsageReceipt) -> usage_pb2.UsageReceipt:
+        try:
+            self._receipt_key.verify(signed.signature, RECEIPT_DOMAIN + signed.receipt)
+        except InvalidSignature as error:
+            raise TrustError("its signature is not the receipt key's") from error
+        try:
+            receipt = usage_pb2.UsageReceipt.FromString(signed.receipt)
+        except ValueError as error:
+            raise MalformedError(f"it is not a UsageReceipt: {error}") from error
+        expected = (self._identity.source, self._store.journal_id())
+        if (receipt.source, receipt.journal_id) != expected:
+            raise TrustError(
+                f"it is for {receipt.source}/{receipt.journal_id}, expected {'/'.join(expected)}"
+            )
+        return receipt
+
+    # --- cloud -------------------------------------------------------------------------
+
+    def _tell_cloud(self, command: ev.Command) -> None:
+        if self._link is None:
+            return
+        match command:
+            case ev.SendHello(nonce, director, catalogue, journal_id):
+                hello = pb.Hello(
+                    nonce=nonce,
+                    director=_versions(director),
+                    catalogue=_versions(catalogue),
+                    journal_id=journal_id,
+                    agent_version=__version__,
+                )
+                self._link.send(pb.ConnectRequest(hello=hello))
+            case ev.OfferNonce(nonce):
+                self._link.send(pb.ConnectRequest(nonce_offer=pb.NonceOffer(nonce=nonce)))
+            case ev.SendResult(director, catalogue, error_type, error):
+                result = pb.UpdateResult(
+                    director=_versions(director),
+                    catalogue=_versions(catalogue),
+                    error_type=error_type,
+                    error=error[:1024],
+                )
+                self._link.send(pb.ConnectRequest(update_result=result))
+            case ev.SendStatus(features):
+                report = pb.FeatureStatusReport(
+                    features=[
+                        pb.FeatureStatus(
+                            feature_id=f.feature_id,
+                            entitlement_id=f.entitlement_id,
+                            state=pb.FeatureState.ValueType(State[f.state].value),
+                            reason=f.reason[:256],
+                            nrc=f.nrc,
+                            since_ms=f.since_ms,
+                            activation_ms=f.activation_ms,
+                            trace_id=f.trace_id,
+                        )
+                        for f in features
+                    ]
+                )
+                self._link.send(pb.ConnectRequest(feature_status=report))
+
+    # --- status and end -------------------------------------------------------------------
+
+    def _status(self) -> dict[str, object]:
+        status = self._engine.status(self._clock.monotonic_ns())
+        status["vin"] = self._config.vehicle.vin
+        status["source"] = self._identity.source
+        status["messages"] = {
+            f"{bus}/{message}": {
+                "used": health.used,
+                "too_short": health.too_short,
+                "check_failed": health.check_failed,
+                "repeated": health.repeated,
+                "lost": health.lost,
+            }
+            for (bus, message), health in self._collector.health.items()
+        }
+        return status
+
+    def _ask(self) -> dict[str, object]:
+        answer: Future[dict[str, object]] = Future()
+        self._queue.put(_Ask(answer))
+        return answer.result(timeout=ANSWER_S)
+
+    def _shut_down(self, api: LocalApi) -> None:
+        api.close()
+        if self._link is not None:
+            self._link.stop()
+        for bus in self._buses.values():
+            try:
+                bus.close()
+            except AgentError as error:
+                _log.warning(str(error))
+        # What is queued is still written; a disk that refuses may hold the end up only so long.
+        patience = threading.Timer(STORE_RETRY_S, self._stopping.set)
+        patience.start()
+        self._worker.shutdown()
+        self._writer.shutdown()
+        patience.cancel()
+        self._store.close()
+        _log.info("agent has ended")
+
+
+def _versions(versions: Versions) -> pb.RepositoryVersions:
+    return pb.RepositoryVersions(
+        root=versions.root,
+        timestamp=versions.timestamp,
+        snapshot=versions.snapshot,
+        targets=versions.targets,
+    )

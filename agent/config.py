@@ -1,0 +1,120 @@
+"""The agent's configuration: agent.toml, read once and frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.config import option, read
+
+DEFAULT_PATH = Path("/etc/openfod/agent.toml")
+"""Where a packaged agent looks for its configuration."""
+
+
+@dataclass(frozen=True)
+class VehicleConfig:
+    """[vehicle]: who this is, and whether it may write to a bus."""
+
+    vin: str = option(pattern=r"[A-HJ-NPR-Z0-9]{17}")
+    listen_only: bool = option(default=True)
+
+
+@dataclass(frozen=True)
+class CloudConfig:
+    """[cloud]: where the cloud is, and who may call itself that."""
+
+    endpoint: str = option(pattern=r"[^:/\s]+:\d{1,5}")
+    enrolment_endpoint: str = option(pattern=r"[^:/\s]+:\d{1,5}")
+    root_ca: Path = option(existing=True)
+    server_name: str = option(default="", pattern=r"[^\s]*")
+
+
+@dataclass(frozen=True)
+class TrustConfig:
+    """[trust]: the anchors that ship in the image."""
+
+    director_root: Path = option(existing=True)
+    catalogue_root: Path = option(existing=True)
+    receipt_key: Path = option(existing=True)
+
+
+@dataclass(frozen=True)
+class StateConfig:
+    """[state]: where the agent keeps what must survive."""
+
+    directory: Path = option()
+    api_socket: Path | None = option(default=None)
+
+
+@dataclass(frozen=True)
+class BusConfig:
+    """[[buses]]: one bus, named as python-can names it."""
+
+    name: str = option(pattern=r"[a-z][a-z0-9-]{0,31}")
+    interface: str = option()
+    channel: str = option()
+    bitrate: int | None = option(default=None, minimum=10_000, maximum=1_000_000)
+    fd: bool = option(default=False)
+    host: str | None = option(default=None)
+    port: int | None = option(default=None, minimum=1, maximum=65535)
+    speed: float | None = option(default=None, minimum=0)
+    database: Path | None = option(default=None, existing=True)
+    signals: Path | None = option(default=None, existing=True)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Cross-checks of one bus."""
+        if (self.database is None) != (self.signals is None):
+            yield "database", "database and signals go together: one of them is missing"
+
+
+@dataclass(frozen=True)
+class MeteringConfig:
+    """[metering]: how often usage becomes durable, and is sent."""
+
+    checkpoint_s: float = option(default=2.0, minimum=0.5, maximum=5)
+    window_s: float = option(default=60.0, minimum=1, maximum=3600)
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """[log]: how much is said, and in which form."""
+
+    level: str = option(default="info", choices=("debug", "info", "warning", "error"))
+    form: str = option(default="text", choices=("text", "json"))
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """agent.toml."""
+
+    vehicle: VehicleConfig
+    cloud: CloudConfig
+    trust: TrustConfig
+    state: StateConfig
+    buses: tuple[BusConfig, ...]
+    metering: MeteringConfig = field(default=MeteringConfig())
+    log: LogConfig = field(default=LogConfig())
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Cross-checks of the whole file."""
+        names = [b.name for b in self.buses]
+        if not names:
+            yield "buses", "at least one bus is needed"
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                yield f"buses[{index}].name", f"{name!r} names two buses"
+
+    @property
+    def api_socket(self) -> Path:
+        """Unix socket of the local interface."""
+        return self.state.api_socket or self.state.directory / "agent.sock"
+
+
+def load(path: Path) -> AgentConfig:
+    """Reads agent.toml.
+
+    Raises:
+        ConfigError: all that is wrong with it, with lines.
+    """
+    return read(path, AgentConfig)

@@ -1,0 +1,973 @@
+"""The whole agent as a function: an event and the time go in, commands come out.
+
+Pure: no I/O, no clock, no randomness. Times are monotonic nanoseconds of the
+event; Unix time comes from the trusted clock that signed answers feed.
+
+Two rules can be read here. Persist before acting: rights are used only after
+Persisted() of the StoreTrust that carries them, and records are sent only
+after they and the mark "sent" are on disk. Nothing fails open: what is
+unknown (a stale signal, an ECU that was not read) switches nothing on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from agent import events as ev
+from agent.errors import IllegalTransitionError, NegativeResponseError, VehicleError
+from agent.features.conditions import Condition
+from agent.features.guard import activation_request, read_back_request, session_request
+from agent.features.lifecycle import METERED, Action, Event, State, transition
+from agent.metering.meter import Meter, OpenWindow
+from agent.metering.record import GENESIS_HASH, Head, Record, Use, append
+from agent.model import (
+    ActuatorKind,
+    Entitlement,
+    FeatureSpec,
+    MeterKind,
+    Rights,
+    SignalInfo,
+    SignalValue,
+    Token,
+    TrustedTime,
+    Versions,
+)
+from agent.signals.state import SignalState
+from agent.trust.clock import TrustedClock
+from agent.trust.terms import judge
+
+IGNITION = "Vehicle.LowVoltageSystemState"
+"""VSS name of the signal whose value "OFF" ends a hold."""
+BATCH_RECORDS = 500
+"""Records in one upload."""
+NONCE_AGE_NS = 60 * 1_000_000_000
+"""Age at which an unused nonce is replaced: it bounds the time's uncertainty."""
+UPLOAD_TIMEOUT_NS = 30 * 1_000_000_000
+"""How long an upload waits for its receipt before it is sent again."""
+BACKOFF_NS = tuple(s * 1_000_000_000 for s in (1, 2, 5, 15, 60))
+"""Pause before each further try of an ECU; the last one repeats."""
+_NS_PER_MS = 1_000_000
+_MAX_STEPS = 16
+_READ_BACK_POSITIVE = 0x62
+
+
+@dataclass(frozen=True, slots=True)
+class _EcuView:
+    """What an ECU last said of a feature."""
+
+    on: bool
+    counter: int | None
+
+
+@dataclass(slots=True)
+class _Session:
+    """One meter at work under one right."""
+
+    meter: Meter
+    entitlement: Entitlement
+    trace_id: str
+    start_ms: int
+
+
+@dataclass(slots=True)
+class _Feature:
+    """One feature at run time."""
+
+    spec: FeatureSpec
+    activate_when: Condition
+    release_when: Condition
+    state: State = State.LOCKED
+    reason: str = "no right"
+    since_ms: int = 0
+    held_since_ns: int = 0
+    entitlement: Entitlement | None = None
+    token: Token | None = None
+    ecu: _EcuView | None = None
+    busy: bool = False
+    error: VehicleError | None = None
+    failures: int = 0
+    retry_ns: int = 0
+    read_back_ns: int = 0
+    arrived_ns: int = 0
+    asked_ns: int = 0
+    activation_ms: int = 0
+    nrc: int = 0
+    sessions: list[_Session] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Upload:
+    """Where the upload stands."""
+
+    stored_seq: int = 0
+    acked_seq: int = 0
+    sent_ns: int = 0
+    in_flight: bool = False
+
+
+class Engine:
+    """Decides everything; see the module's docstring."""
+
+    def __init__(
+        self,
+        *,
+        source: str,
+        clock: TrustedClock,
+        infos: Mapping[str, SignalInfo],
+        checkpoint_ns: int,
+        window_ns: int,
+    ) -> None:
+        """Starts empty; the first event must be Booted.
+
+        Args:
+            source: the vehicle's pseudonym in usage records.
+            clock: trusted clock as of the start.
+            infos: signals that the buses can give.
+            checkpoint_ns: longest time for which use is only in memory.
+            window_ns: length of a usage window.
+        """
+        self._source = source
+        self._clock = clock
+        self._infos = infos
+        self._checkpoint_ns = checkpoint_ns
+        self._window_ns = window_ns
+        self._signals = SignalState(infos)
+        self._out: list[ev.Command] = []
+        self._number = 0
+        self._waiting: dict[int, ev.Command] = {}
+        self._features: dict[str, _Feature] = {}
+        self._rights = Rights(version=0)
+        self._live: frozenset[str] = frozenset()
+        self._director = Versions()
+        self._catalogue = Versions()
+        self._head = Head("", 0, GENESIS_HASH)
+        self._upload = _Upload()
+        self._recovered: list[OpenWindow] = []
+        self._same_boot = False
+        self._used: dict[tuple[str, str], int] = {}
+        self._unsaved: list[Record] = []
+        # The store may hold open windows: the first checkpoint replaces them.
+        self._had_windows = True
+        self._checkpoint_due_ns = 0
+        self._window_due_ns = 0
+        self._link = False
+        self._greeted = False
+        self._nonces: list[tuple[bytes, int]] = []
+        self._contact_ms = 0
+        self._reported: tuple[ev.FeatureView, ...] | None = None
+        self._buses: dict[str, str] = {}
+        self._last_refusal = ""
+        self._now_ns = 0
+
+    # --- the function ------------------------------------------------------
+
+    def step(self, event: ev.Event, now_ns: int) -> list[ev.Command]:
+        """Takes one event and returns what to do, in order."""
+        self._now_ns = now_ns
+        self._out = []
+        self._take(event, now_ns)
+        self._evaluate_all(now_ns)
+        self._resolve_recovered(now_ns)
+        self._keep_time(now_ns, force=isinstance(event, ev.Stopping))
+        self._send(now_ns)
+        return self._out
+
+    def wake_ns(self) -> int:
+        """When Ticked is wanted at the latest, monotonic."""
+        due = [self._now_ns + self._checkpoint_ns]
+        for feature in self._features.values():
+            due += [t for t in (feature.retry_ns, feature.read_back_ns) if t > self._now_ns]
+        return min(due)
+
+    def _take(self, event: ev.Event, now_ns: int) -> None:
+        match event:
+            case ev.Booted():
+                self._boot(event, now_ns)
+            case ev.SignalsArrived(batch):
+                self._signals.apply(batch)
+                for feature in self._features.values():
+                    for session in feature.sessions:
+                        session.meter.observe(batch, now_ns)
+            case ev.BusChanged(bus, state, reason):
+                self._buses[bus] = state
+                self._say("warning" if state == "lost" else "info", f"bus {bus} is {state}", reason=reason)
+            case ev.NonceMade(nonce):
+                self._nonce_made(nonce, now_ns)
+            case ev.LinkUp():
+                self._link, self._greeted = True, False
+                self._nonces.clear()
+                self._upload.in_flight = False
+                self._reported = None
+                self._out.append(ev.MakeNonce())
+            case ev.LinkDown(reason):
+                self._link = self._greeted = False
+                self._upload.in_flight = False
+                self._nonces.clear()
+                self._say("warning", "cloud is out of reach; going on with the stored rights", reason=reason)
+            case ev.UpdateArrived(update):
+                nonces = tuple(nonce for nonce, _ in reversed(self._nonces))
+                self._out.append(ev.Verify(update, nonces, self._time(now_ns).unix_ms))
+            case ev.UpdateVerified():
+                self._verified(event, now_ns)
+            case ev.UpdateRefused(kind, reason):
+                self._refused(kind, reason)
+            case ev.Persisted(number):
+                self._persisted(number, now_ns)
+            case ev.EcuDone():
+                self._ecu_done(event, now_ns)
+            case ev.ReceiptStored(through_seq):
+                self._upload.acked_seq = max(self._upload.acked_seq, through_seq)
+                self._upload.in_flight = False
+            case ev.UsageRefused(kind, reason, through):
+                self._say("error", "cloud refused usage; the records are kept", error=kind, reason=reason)
+                if self._upload.acked_seq < through <= self._upload.stored_seq:
+                    self._upload.acked_seq = through
+            case ev.Ticked():
+                pass
+            case ev.Stopping():
+                for feature in self._features.values():
+                    self._close_windows(feature, now_ns)
+
+    # --- start and trust -----------------------------------------------------
+
+    def _boot(self, event: ev.Booted, now_ns: int) -> None:
+        self._head = event.head
+        self._upload.stored_seq, self._upload.acked_seq = event.head.seq, event.acked_seq
+        self._same_boot = event.same_boot
+        self._used = dict(event.used)
+        self._contact_ms = event.last_contact_ms
+        self._checkpoint_due_ns = now_ns + self._checkpoint_ns
+        self._window_due_ns = now_ns + self._window_ns
+        for window in event.windows:
+            # What was confirmed before the end becomes a record at once; the
+            # time since then stays open until the feature is seen again.
+            for dimensions, value, gap, reason in window.totals:
+                self._record(
+                    Use(
+                        feature_id=window.feature_id,
+                        meter_id=window.meter_id,
+                        kind=window.kind,
+                        entitlement_id=window.entitlement_id,
+                        account=window.account,
+                        trace_id=window.trace_id,
+                        dimensions=dimensions,
+                        value=value,
+                        gap=gap,
+                        gap_reason=reason,
+                        start_ms=window.start_ms,
+                        end_ms=max(window.start_ms, window.mark_ms),
+                        signed_clock=self._time(now_ns).source == "signed",
+                    )
+                )
+            self._recovered.append(
+                OpenWindow(
+                    feature_id=window.feature_id,
+                    meter_id=window.meter_id,
+                    entitlement_id=window.entitlement_id,
+                    account=window.account,
+                    trace_id=window.trace_id,
+                    kind=window.kind,
+                    start_ms=window.mark_ms,
+                    mark_ns=window.mark_ns,
+                    mark_ms=window.mark_ms,
+                    odometer_m=window.odometer_m,
+                )
+            )
+        if event.windows:
+            self._checkpoint(now_ns)
+        if event.verdict is not None:
+            self._director, self._catalogue = event.verdict.director, event.verdict.catalogue
+            self._apply_rights(event.verdict.rights, now_ns)
+            self._say(
+                "info",
+                "stored rights are verified",
+                version=event.verdict.rights.version,
+                features=sorted(event.verdict.rights.entitlements),
+            )
+
+    def _nonce_made(self, nonce: bytes, now_ns: int) -> None:
+        if not self._link:
+            return
+        self._nonces = [*self._nonces[-1:], (nonce, now_ns)]
+        if self._greeted:
+            self._out.append(ev.OfferNonce(nonce))
+        else:
+            self._greeted = True
+            self._out.append(ev.SendHello(nonce, self._director, self._catalogue, self._head.journal_id))
+
+    def _verified(self, event: ev.UpdateVerified, now_ns: int) -> None:
+        sent_ns = next((t for n, t in self._nonces if n == event.nonce), None)
+        if sent_ns is None:
+            self._refused("ReplayError", "the link ended while its answer was verified; asking again")
+            return
+        self._nonces = [(n, t) for n, t in self._nonces if t > sent_ns]
+        self._clock = self._clock.observe_signed(
+            event.verdict.signed_ms, sent_ns, event.received_ns, new_epoch=event.new_epoch
+        )
+        self._contact_ms = self._time(now_ns).unix_ms
+        command = ev.StoreTrust(self._next_number(), event.verdict, self._contact_ms, event.verdict.signed_ms)
+        self._waiting[command.number] = command
+        self._out.append(command)
+        if not self._nonces:
+            self._out.append(ev.MakeNonce())
+
+    def _refused(self, kind: str, reason: str) -> None:
+        self._last_refusal = f"{kind}: {reason}"
+        self._say("error", "update refused; the trusted state is unchanged", error=kind, reason=reason)
+        if self._link:
+            self._out.append(ev.SendResult(self._director, self._catalogue, kind, reason))
+            self._out.append(ev.MakeNonce())
+
+    def _persisted(self, number: int, now_ns: int) -> None:
+        match self._waiting.pop(number, None):
+            case ev.StoreTrust(_, verdict, _, _):
+                changed = verdict.rights.version != self._rights.version
+                self._director, self._catalogue = verdict.director, verdict.catalogue
+                self._last_refusal = ""
+                if changed or verdict.rights != self._rights:
+                    self._say(
+                        "info",
+                        "new rights are verified and stored",
+                        version=verdict.rights.version,
+                        features=sorted(verdict.rights.entitlements),
+                    )
+                    self._apply_rights(verdict.rights, now_ns)
+                if self._link:
+                    self._out.append(ev.SendResult(self._director, self._catalogue, "", ""))
+            case ev.StoreUsage(_, records, _, _, _):
+                if records:
+                    self._upload.stored_seq = max(self._upload.stored_seq, records[-1].seq)
+            case ev.MarkSent(_, through_seq):
+                if self._link:
+                    self._out.append(ev.SendUsage(self._upload.acked_seq + 1, through_seq))
+            case _:
+                pass
+
+    def _apply_rights(self, rights: Rights, now_ns: int) -> None:
+        self._rights = rights
+        for feature_id, spec in rights.features.items():
+            known = self._features.get(feature_id)
+            if known is None:
+                self._features[feature_id] = known = self._new_feature(spec, now_ns)
+            elif known.spec.sha256 != spec.sha256:
+                known.activate_when, known.release_when = _compile(spec)
+                known.spec = spec
+            entitlement = rights.entitlements.get(feature_id)
+            if entitlement is not None and (
+                known.entitlement is None or known.entitlement.entitlement_id != entitlement.entitlement_id
+            ):
+                known.arrived_ns, known.activation_ms = now_ns, 0
+            if entitlement is not None:
+                known.entitlement = entitlement
+            token = rights.tokens.get(feature_id)
+            if token is not None and (known.token is None or known.token.sha256 != token.sha256):
+                known.failures, known.retry_ns = 0, 0
+            known.token = token
+        self._allow(now_ns, force=True)
+
+    def _new_feature(self, spec: FeatureSpec, now_ns: int) -> _Feature:
+        activate_when, release_when = _compile(spec)
+        feature = _Feature(spec, activate_when, release_when)
+        feature.since_ms = self._time(now_ns).unix_ms
+        if spec.kind is ActuatorKind.NONE:
+            feature.ecu = _EcuView(on=False, counter=None)
+        return feature
+
+    def _allow(self, now_ns: int, *, force: bool = False) -> None:
+        """Tells the guard which features are live, if that has changed."""
+        live = frozenset(f for f, feature in self._features.items() if self._right(feature, now_ns)[0])
+        if force or live != self._live:
+            self._live = live
+            self._out.append(ev.Allow(self._rights, live))
+
+    # --- features --------------------------------------------------------------
+
+    def _right(self, feature: _Feature, now_ns: int) -> tuple[bool, bool, str]:
+        """Whether a right is live, whether it only rests, and why."""
+        entitlement = self._rights.entitlements.get(feature.spec.feature_id)
+        if entitlement is None:
+            return False, False, "no right"
+        right = judge(
+            entitlement,
+            now=self._time(now_ns),
+            last_contact_ms=self._contact_ms,
+            odometer_m=self._odometer(now_ns),
+        )
+        # An unknown odometer switches nothing on, and takes nothing away.
+        kept = right.undecided and feature.state in METERED
+        if not (right.live or kept):
+            return False, False, right.reason
+        for quota in entitlement.quotas:
+            used = self._used.get((entitlement.entitlement_id, quota.meter_id), 0)
+            used += sum(
+                t.value
+                for s in feature.sessions
+                if s.meter.spec.meter_id == quota.meter_id and s.entitlement is entitlement
+                for t in s.meter.totals_now().values()
+            )
+            if quota.hard and used >= quota.limit:
+                return False, True, f"quota of {quota.meter_id} is used up: {used} of {quota.limit}"
+        return True, False, right.reason
+
+    def _odometer(self, now_ns: int) -> int | None:
+        value = self._signals.value("Vehicle.TraveledDistance", now_ns)
+        return round(float(value) * 1000) if isinstance(value, int | float) else None
+
+    def _evaluate_all(self, now_ns: int) -> None:
+        self._allow(now_ns)
+        for feature in self._features.values():
+            for _ in range(_MAX_STEPS):
+                event, why = self._derive(feature, now_ns)
+                if event is None:
+                    if why:
+                        feature.reason = why
+                    break
+                self._transition(feature, event, why, now_ns)
+
+    def _derive(self, feature: _Feature, now_ns: int) -> tuple[Event | None, str]:
+        """What has happened to a feature, from all that is known; the rules of the table's events."""
+        live, rests, why = self._right(feature, now_ns)
+        lost = Event.SUSPENDED if rests else Event.ENDED
+        state = feature.state
+        if state is State.SUSPENDED or state is State.LOCKED:
+            if live:
+                return Event.ENTITLED, why
+            if state is State.SUSPENDED:
+                return (None if rests else Event.ENDED), why
+            if rests:
+                return Event.SUSPENDED, why
+            return self._derive_locked(feature, why, now_ns)
+        if state is State.HELD:
+            return (Event.ENTITLED, why) if live else self._derive_held(feature, why, now_ns)
+        if state is State.DEACTIVATING:
+            return self._derive_deactivating(feature)
+        if not live:
+            return lost, why
+        if state is State.FAULT:
+            return (Event.RETRY, "trying again") if now_ns >= feature.retry_ns else (None, "")
+        if state is State.ACTIVE:
+            return self._derive_active(feature, why, now_ns)
+        if feature.busy:
+            return None, ""
+        if feature.error is not None:
+            return Event.DENIED, str(feature.error)
+        if state is State.ACTIVATING:
+            on = feature.ecu is not None and feature.ecu.on
+            return (Event.CONFIRMED, why) if on else (Event.DENIED, "the ECU reports it off all the same")
+        return self._derive_pending(feature, why, now_ns)
+
+    def _derive_locked(self, feature: _Feature, why: str, now_ns: int) -> tuple[Event | None, str]:
+        if feature.ecu is None:
+            self._read_back(feature, now_ns)
+        elif feature.ecu.on:
+            return Event.STILL_ON, "the ECU reports it on without a right"
+        elif _burn_due(feature):
+            return Event.STILL_ON, "the ECU still holds a token that has been withdrawn"
+        return None, why
+
+    def _derive_pending(self, feature: _Feature, why: str, now_ns: int) -> tuple[Event | None, str]:
+        if feature.ecu is None:
+            self._read_back(feature, now_ns)
+            return None, "reading what the ECU does"
+        if feature.ecu.on:
+            return Event.ADOPTED, why
+        if feature.spec.kind is ActuatorKind.TOKEN and feature.token is None:
+            return None, "waiting for the ECU's token"
+        if self._holds(feature.activate_when, now_ns) is True:
+            return Event.READY, why
+        return None, f"waiting for: {feature.spec.activate_when.expression}"
+
+    def _derive_active(self, feature: _Feature, why: str, now_ns: int) -> tuple[Event | None, str]:
+        if feature.busy:
+            return None, why
+        if feature.error is not None:
+            return Event.DENIED, why
+        if feature.ecu is not None and not feature.ecu.on:
+            return Event.OFF_SEEN, "the ECU reports it off"
+        if now_ns < feature.retry_ns:
+            return None, why
+        if _renewal_due(feature) and self._holds(feature.activate_when, now_ns) is True:
+            return Event.RENEW, why
+        if feature.spec.kind is not ActuatorKind.NONE and now_ns >= feature.read_back_ns:
+            self._read_back(feature, now_ns)
+        return None, why
+
+    def _derive_held(self, feature: _Feature, why: str, now_ns: int) -> tuple[Event | None, str]:
+        if now_ns < feature.retry_ns or feature.busy:
+            return None, ""
+        if self._holds(feature.release_when, now_ns) is True:
+            return Event.RELEASABLE, f"releasing: {why}"
+        if self._signals.value(IGNITION, now_ns) == "OFF":
+            return Event.RELEASABLE, f"releasing at ignition off: {why}"
+        if now_ns - feature.held_since_ns >= feature.spec.hold_max_s * 1_000_000_000:
+            return Event.RELEASABLE, f"releasing after the longest hold: {why}"
+        return None, f"held until: {feature.spec.release_when.expression} ({why})"
+
+    def _derive_deactivating(self, feature: _Feature) -> tuple[Event | None, str]:
+        if feature.busy:
+            return None, ""
+        if feature.error is not None:
+            return Event.DENIED, str(feature.error)
+        if feature.ecu is not None and not feature.ecu.on:
+            return Event.RELEASED, "released"
+        return Event.DENIED, "the ECU reports it on all the same"
+
+    def _holds(self, condition: Condition, now_ns: int) -> bool | None:
+        values: dict[str, SignalValue | None] = {
+            name: self._signals.value(name, now_ns) for name in condition.spec.inputs
+        }
+        return condition.evaluate(values)
+
+    def _transition(self, feature: _Feature, event: Event, why: str, now_ns: int) -> None:
+        try:
+            state, actions = transition(feature.spec.feature_id, feature.state, event)
+        except IllegalTransitionError as error:
+            self._say("error", str(error), feature=feature.spec.feature_id)
+            return
+        before, feature.state = feature.state, state
+        feature.reason = why or feature.reason
+        feature.error = None
+        if state is not before:
+            feature.since_ms = self._time(now_ns).unix_ms
+            if state is State.HELD:
+                feature.held_since_ns = now_ns
+            self._say(
+                "info",
+                f"{feature.spec.feature_id}: {before.name} → {state.name}",
+                feature=feature.spec.feature_id,
+                event=event.name,
+                reason=feature.reason,
+                trace_id=feature.entitlement.trace_id if feature.entitlement else "",
+            )
+        for action in actions:
+            self._act(feature, action, event, now_ns)
+
+    def _act(self, feature: _Feature, action: Action, event: Event, now_ns: int) -> None:
+        match action:
+            case Action.READ_BACK:
+                if feature.spec.kind is not ActuatorKind.NONE:
+                    feature.ecu = None
+            case Action.ACTIVATE:
+                self._activate(feature, now_ns)
+            case Action.RELEASE:
+                self._release(feature, now_ns)
+            case Action.START_METERS:
+                if event is Event.CONFIRMED and feature.arrived_ns:
+                    feature.activation_ms = max(1, (now_ns - feature.arrived_ns) // _NS_PER_MS)
+                feature.failures = feature.nrc = 0
+                self._start_meters(feature, now_ns)
+            case Action.STOP_METERS:
+                self._stop_meters(feature, now_ns)
+            case Action.BACK_OFF:
+                pause = BACKOFF_NS[min(feature.failures, len(BACKOFF_NS) - 1)]
+                feature.failures += 1
+                feature.retry_ns = now_ns + pause
+
+    # --- ECU ---------------------------------------------------------------------
+
+    def _run(self, feature: _Feature, purpose: str, requests: tuple[bytes, ...]) -> None:
+        assert feature.spec.ecu is not None
+        feature.busy, feature.error = True, None
+        trace = feature.entitlement.trace_id if feature.entitlement else ""
+        self._out.append(ev.RunEcu(feature.spec.feature_id, purpose, feature.spec.ecu, requests, trace))
+
+    def _read_back(self, feature: _Feature, now_ns: int) -> None:
+        if feature.busy or now_ns < feature.retry_ns or feature.spec.read_back is None:
+            return
+        self._run(feature, "read back", (read_back_request(feature.spec),))
+
+    def _activate(self, feature: _Feature, now_ns: int) -> None:
+        feature.asked_ns = now_ns
+        if feature.spec.kind is ActuatorKind.NONE:
+            feature.ecu = _EcuView(on=True, counter=None)
+            return
+        assert feature.token is not None
+        self._run(
+            feature,
+            "activate",
+            (
+                session_request(feature.spec.session),
+                activation_request(feature.spec, feature.token),
+                read_back_request(feature.spec),
+            ),
+        )
+
+    def _release(self, feature: _Feature, now_ns: int) -> None:
+        if feature.spec.kind is ActuatorKind.NONE:
+            feature.ecu = _EcuView(on=False, counter=None)
+            return
+        token = feature.token
+        burn = token is not None and not token.allows
+        request = activation_request(feature.spec, token) if token and burn else feature.spec.release_request
+        self._run(
+            feature,
+            "release",
+            (session_request(feature.spec.session), request, read_back_request(feature.spec)),
+        )
+        feature.asked_ns = now_ns
+
+    def _ecu_done(self, event: ev.EcuDone, now_ns: int) -> None:
+        feature = self._features.get(event.feature_id)
+        if feature is None:
+            return
+        feature.busy = False
+        feature.read_back_ns = now_ns + feature.spec.read_back_interval_s * 1_000_000_000
+        if event.error is not None:
+            feature.error = event.error
+            feature.nrc = event.error.nrc if isinstance(event.error, NegativeResponseError) else 0
+            self._say("warning", str(event.error), feature=event.feature_id, error=event.error.kind)
+            if feature.state is State.LOCKED:
+                # Nothing is at stake: ask again later.
+                feature.error = None
+                self._act(feature, Action.BACK_OFF, Event.DENIED, now_ns)
+            return
+        view = _parse_read_back(feature.spec, event.answer)
+        if view is None:
+            feature.error = VehicleError(
+                f"read-back {event.answer[:16].hex(' ')} is not as the catalogue says"
+            )
+            return
+        feature.ecu = view
+        if not view.on and feature.state not in METERED:
+            self._stop_meters(feature, now_ns)
+
+    # --- metering ------------------------------------------------------------------
+
+    def _start_meters(self, feature: _Feature, now_ns: int) -> None:
+        entitlement = feature.entitlement
+        assert entitlement is not None
+        if feature.sessions and feature.sessions[0].entitlement is entitlement:
+            return
+        self._stop_meters(feature, now_ns)
+        now = self._time(now_ns)
+        seen = self._signals.seen_ns
+        for spec in feature.spec.meters:
+            meter = Meter(spec, self._infos)
+            wanted = (*meter.inputs, *([spec.speed] if spec.speed else []))
+            values = {name: self._signals.value(name, now_ns) for name in wanted}
+            unsure_ns = now_ns - feature.asked_ns if feature.asked_ns else 0
+            meter.open(now_ns, values, seen, unsure_ns=unsure_ns)
+            trace_id = _session_trace(entitlement, self._head, spec.meter_id, now_ns)
+            feature.sessions.append(_Session(meter, entitlement, trace_id, now.unix_ms))
+            self._say(
+                "info",
+                "metering has begun",
+                feature=feature.spec.feature_id,
+                meter=spec.meter_id,
+                entitlement=entitlement.entitlement_id,
+                trace_id=trace_id,
+                grant_trace_id=entitlement.trace_id,
+            )
+        feature.asked_ns = 0
+        self._checkpoint_due_ns = now_ns
+
+    def _stop_meters(self, feature: _Feature, now_ns: int) -> None:
+        if not feature.sessions:
+            return
+        for session in feature.sessions:
+            session.meter.close(now_ns)
+        self._close_windows(feature, now_ns)
+        feature.sessions.clear()
+        feature.asked_ns = 0
+        self._checkpoint_due_ns = now_ns
+
+    def _close_windows(self, feature: _Feature, now_ns: int) -> None:
+        now = self._time(now_ns)
+        for session in feature.sessions:
+            for dimensions, total in session.meter.take().items():
+                self._record(
+                    Use(
+                        feature_id=feature.spec.feature_id,
+                        meter_id=session.meter.spec.meter_id,
+                        kind=session.meter.spec.kind,
+                        entitlement_id=session.entitlement.entitlement_id,
+                        account=session.entitlement.account,
+                        trace_id=session.trace_id,
+                        dimensions=dimensions,
+                        value=total.value,
+                        gap=total.gap,
+                        gap_reason=total.reason,
+                        start_ms=session.start_ms,
+                        end_ms=max(session.start_ms, now.unix_ms),
+                        signed_clock=now.source == "signed",
+                        gap_unbounded=total.unbounded,
+                    )
+                )
+            session.start_ms = max(session.start_ms, now.unix_ms)
+
+    def _record(self, use: Use) -> None:
+        self._head, record = append(self._head, self._source, use)
+        self._unsaved.append(record)
+        key = (use.entitlement_id, use.meter_id)
+        self._used[key] = self._used.get(key, 0) + use.value
+        self._say(
+            "info",
+            "usage window is closed",
+            feature=use.feature_id,
+            meter=use.meter_id,
+            value=use.value,
+            gap=use.gap,
+            gap_reason=use.gap_reason,
+            seq=record.seq,
+            trace_id=use.trace_id,
+        )
+
+    def _resolve_recovered(self, now_ns: int) -> None:
+        """Declares the time that the agent was not running, once its end is known.
+
+        The end is the moment at which the feature is metered again or its ECU
+        reports it off; a distance also needs the odometer.
+        """
+        if not self._recovered:
+            return
+        now = self._time(now_ns)
+        odometer_m = self._odometer(now_ns)
+        open_still: list[OpenWindow] = []
+        for window in self._recovered:
+            feature = self._features.get(window.feature_id)
+            seen = feature is not None and (
+                bool(feature.sessions)
+                or (feature.ecu is not None and not feature.ecu.on and not feature.busy)
+            )
+            distance = window.kind is MeterKind.DISTANCE
+            if not seen or (distance and odometer_m is None and window.odometer_m is not None):
+                open_still.append(window)
+                continue
+            self._declare_down(window, now, odometer_m, now_ns)
+        if len(open_still) < len(self._recovered):
+            self._recovered = open_still
+            self._checkpoint_due_ns = now_ns
+
+    def _declare_down(
+        self, window: OpenWindow, now: TrustedTime, odometer_m: int | None, now_ns: int
+    ) -> None:
+        unbounded = False
+        if window.kind is MeterKind.DISTANCE:
+            step_m = self._odometer_step_m()
+            unbounded = odometer_m is None or window.odometer_m is None or odometer_m < window.odometer_m
+            gap = 0 if unbounded else (odometer_m or 0) - (window.odometer_m or 0) + step_m
+        elif self._same_boot:
+            gap = -(-(now_ns - window.mark_ns) // _NS_PER_MS)
+        else:
+            # Only Unix time bridges a restart of the machine, and only a signed one bounds it.
+            gap = max(0, now.unix_ms - window.mark_ms) + now.uncertainty_ms
+            unbounded = now.source != "signed"
+        self._record(
+            Use(
+                feature_id=window.feature_id,
+                meter_id=window.meter_id,
+                kind=window.kind,
+                entitlement_id=window.entitlement_id,
+                account=window.account,
+                trace_id=window.trace_id,
+                dimensions=(),
+                value=0,
+                gap=gap,
+                gap_reason="AGENT_DOWN",
+                start_ms=window.mark_ms,
+                end_ms=max(window.mark_ms, now.unix_ms),
+                signed_clock=now.source == "signed",
+                gap_unbounded=unbounded,
+            )
+        )
+
+    def _odometer_step_m(self) -> int:
+        info = self._infos.get("Vehicle.TraveledDistance")
+        return max(1, round(info.resolution * 1000)) if info else 1
+
+    def _keep_time(self, now_ns: int, *, force: bool) -> None:
+        """Closes windows and makes use durable when it is due."""
+        if now_ns >= self._window_due_ns:
+            self._window_due_ns = now_ns + self._window_ns
+            for feature in self._features.values():
+                self._close_windows(feature, now_ns)
+        if force or now_ns >= self._checkpoint_due_ns:
+            self._checkpoint(now_ns)
+
+    def _checkpoint(self, now_ns: int) -> None:
+        self._checkpoint_due_ns = now_ns + self._checkpoint_ns
+        metering = any(f.sessions for f in self._features.values())
+        if not (metering or self._unsaved or self._recovered or self._had_windows):
+            return
+        windows = tuple(self._open_windows(now_ns))
+        self._had_windows = bool(windows)
+        command = ev.StoreUsage(
+            self._next_number(), tuple(self._unsaved), windows, dict(self._used), self._time(now_ns).unix_ms
+        )
+        self._unsaved.clear()
+        self._waiting[command.number] = command
+        self._out.append(command)
+
+    def _open_windows(self, now_ns: int) -> list[OpenWindow]:
+        now = self._time(now_ns)
+        windows = list(self._recovered)
+        for feature in self._features.values():
+            for session in feature.sessions:
+                totals = session.meter.totals_now().items()
+                windows.append(
+                    OpenWindow(
+                        feature_id=feature.spec.feature_id,
+                        meter_id=session.meter.spec.meter_id,
+                        entitlement_id=session.entitlement.entitlement_id,
+                        account=session.entitlement.account,
+                        trace_id=session.trace_id,
+                        kind=session.meter.spec.kind,
+                        start_ms=session.start_ms,
+                        mark_ns=session.meter.mark_ns,
+                        mark_ms=now.unix_ms - max(0, now_ns - session.meter.mark_ns) // _NS_PER_MS,
+                        odometer_m=session.meter.odometer_m,
+                        totals=tuple((k, t.value, t.gap, t.reason) for k, t in totals),
+                    )
+                )
+        return windows
+
+    # --- cloud -----------------------------------------------------------------------
+
+    def _send(self, now_ns: int) -> None:
+        if not (self._link and self._greeted):
+            return
+        if self._nonces and now_ns - self._nonces[-1][1] >= NONCE_AGE_NS:
+            self._nonces[-1] = (self._nonces[-1][0], now_ns)
+            self._out.append(ev.MakeNonce())
+        views = self.features()
+        if views != self._reported:
+            self._reported = views
+            self._out.append(ev.SendStatus(views))
+        upload = self._upload
+        if upload.in_flight and now_ns - upload.sent_ns >= UPLOAD_TIMEOUT_NS:
+            upload.in_flight = False
+        if not upload.in_flight and upload.stored_seq > upload.acked_seq:
+            upload.in_flight, upload.sent_ns = True, now_ns
+            through = min(upload.stored_seq, upload.acked_seq + BATCH_RECORDS)
+            command = ev.MarkSent(self._next_number(), through)
+            self._waiting[command.number] = command
+            self._out.append(command)
+
+    # --- views -------------------------------------------------------------------------
+
+    def features(self) -> tuple[ev.FeatureView, ...]:
+        """What each feature does, by id."""
+        return tuple(
+            ev.FeatureView(
+                feature_id=feature_id,
+                title=feature.spec.title,
+                entitlement_id=feature.entitlement.entitlement_id if feature.entitlement else "",
+                state=feature.state.name,
+                reason=feature.reason,
+                nrc=feature.nrc,
+                since_ms=feature.since_ms,
+                activation_ms=feature.activation_ms,
+                trace_id=feature.entitlement.trace_id if feature.entitlement else "",
+            )
+            for feature_id, feature in sorted(self._features.items())
+        )
+
+    def status(self, now_ns: int) -> dict[str, object]:
+        """Everything that `fod-agent status` shows, as plain values."""
+        now = self._time(now_ns)
+        return {
+            "link": "up" if self._link else "down",
+            "time": {"unix_ms": now.unix_ms, "uncertainty_ms": now.uncertainty_ms, "source": now.source},
+            "last_contact_ms": self._contact_ms,
+            "rights_version": self._rights.version,
+            "last_refusal": self._last_refusal,
+            "features": [
+                {
+                    "feature": view.feature_id,
+                    "title": view.title,
+                    "state": view.state,
+                    "reason": view.reason,
+                    "entitlement": view.entitlement_id,
+                    "nrc": view.nrc,
+                    "since_ms": view.since_ms,
+                    "activation_ms": view.activation_ms,
+                    "trace_id": view.trace_id,
+                }
+                for view in self.features()
+            ],
+            "usage": [
+                {"entitlement": entitlement, "meter": meter, "closed": value}
+                for (entitlement, meter), value in sorted(self._used.items())
+            ],
+            "journal": {
+                "id": self._head.journal_id,
+                "records": self._head.seq,
+                "stored": self._upload.stored_seq,
+                "receipts_to": self._upload.acked_seq,
+            },
+            "buses": dict(self._buses),
+            "signals": {
+                name: {"value": reading.value, "unit": reading.unit, "age_ms": reading.age_ms}
+                for name, reading in self._signals.snapshot(now_ns).items()
+            },
+        }
+
+    # --- small -------------------------------------------------------------------------
+
+    def _time(self, now_ns: int) -> TrustedTime:
+        return self._clock.now(now_ns)
+
+    def _next_number(self) -> int:
+        self._number += 1
+        return self._number
+
+    def _say(self, level: str, message: str, **fields: object) -> None:
+        self._out.append(ev.Say(level, message, fields))
+
+
+def check_conditions(rights: Rights) -> None:
+    """Compiles every condition of an update once, before it is taken.
+
+    Raises:
+        ConditionError: one does not compile.
+    """
+    for spec in rights.features.values():
+        _compile(spec)
+        for meter in spec.meters:
+            Meter(meter, {})
+
+
+def _compile(spec: FeatureSpec) -> tuple[Condition, Condition]:
+    return Condition.compile(spec.activate_when), Condition.compile(spec.release_when)
+
+
+def _burn_due(feature: _Feature) -> bool:
+    """A token with state 0 is there, and the ECU still holds an older one."""
+    token, ecu = feature.token, feature.ecu
+    if token is None or token.allows or ecu is None or not ecu.counter:
+        return False
+    return ecu.counter < token.counter
+
+
+def _renewal_due(feature: _Feature) -> bool:
+    token, ecu = feature.token, feature.ecu
+    if token is None or not token.allows or ecu is None or ecu.counter is None:
+        return False
+    return ecu.counter < token.counter
+
+
+def _parse_read_back(spec: FeatureSpec, answer: bytes) -> _EcuView | None:
+    """Reads a ReadDataByIdentifier answer; None if it is not what the catalogue says."""
+    read_back = spec.read_back
+    if read_back is None:
+        return None
+    head = bytes([_READ_BACK_POSITIVE]) + read_back.did.to_bytes(2, "big")
+    data = answer[len(head) :]
+    if answer[: len(head)] != head or len(data) < len(read_back.mask):
+        return None
+    masked = bytes(d & m for d, m in zip(data, read_back.mask, strict=False))
+    counter = None
+    if read_back.counter_offset is not None:
+        piece = data[read_back.counter_offset : read_back.counter_offset + 4]
+        if len(piece) < 4:  # noqa: PLR2004 (a 4-byte counter, docs/token.md)
+            return None
+        counter = int.from_bytes(piece, "big")
+    return _EcuView(on=masked == read_back.active, counter=counter)
+
+
+def _session_trace(entitlement: Entitlement, head: Head, meter_id: str, now_ns: int) -> str:
+    """Trace-id of a metering session: 32 hex digits, the same in a replay of the same life."""
+    text = f"{entitlement.entitlement_id}/{head.journal_id}/{head.seq}/{meter_id}/{now_ns}"
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

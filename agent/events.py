@@ -1,0 +1,329 @@
+"""What the engine is told, and what it asks for.
+
+Pure values. Commands that must survive a power cut carry a number; the loop
+answers each with Persisted(number) once it is on disk, so that "persist
+before acting" can be read in the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from agent.errors import VehicleError
+from agent.metering.meter import OpenWindow
+from agent.metering.record import Head, Record
+from agent.model import EcuSpec, Rights, SignalBatch, TrustBytes, Verdict, Versions
+
+# --- events ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Booted:
+    """The agent has started; this is what its store holds.
+
+    Args:
+        verdict: stored rights, verified again; None before the first contact.
+        windows: metering windows that were open when the agent ended.
+        same_boot: monotonic times in `windows` are of the present boot.
+        acked_seq: the cloud has signed for records up to here.
+        used: amounts closed under each (entitlement, meter), in ms or m.
+        last_contact_ms: trusted time of the last signed answer, 0 if none.
+    """
+
+    verdict: Verdict | None
+    head: Head
+    acked_seq: int
+    windows: tuple[OpenWindow, ...]
+    same_boot: bool
+    used: Mapping[tuple[str, str], int]
+    last_contact_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class SignalsArrived:
+    """A bus brought frames in one window."""
+
+    batch: SignalBatch
+
+
+@dataclass(frozen=True, slots=True)
+class BusChanged:
+    """A bus is up or lost."""
+
+    bus: str
+    state: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class NonceMade:
+    """The random bytes that were asked for."""
+
+    nonce: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LinkUp:
+    """The stream to the cloud is open."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkDown:
+    """The stream to the cloud has ended."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateArrived:
+    """The cloud sent metadata; nothing of it is verified."""
+
+    update: TrustBytes
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateVerified:
+    """A worker verified an update.
+
+    Args:
+        nonce: the one that it answers.
+        new_epoch: root keys replaced the keys that signed all earlier times.
+    """
+
+    verdict: Verdict
+    nonce: bytes
+    received_ns: int
+    new_epoch: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateRefused:
+    """A worker refused an update; the trusted state is unchanged."""
+
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Persisted:
+    """The command with this number is on disk."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class EcuDone:
+    """An ECU job has ended.
+
+    Args:
+        answer: response to the job's last request; empty on error.
+        error: why it failed, or None.
+    """
+
+    feature_id: str
+    answer: bytes
+    error: VehicleError | None
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiptStored:
+    """A genuine receipt of the cloud is on disk."""
+
+    through_seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRefused:
+    """The cloud did not store a batch; it holds records up to `stored_through_seq`."""
+
+    kind: str
+    reason: str
+    stored_through_seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ticked:
+    """Time has passed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stopping:
+    """The agent will end; open windows are closed."""
+
+
+Event = (
+    Booted
+    | SignalsArrived
+    | BusChanged
+    | NonceMade
+    | LinkUp
+    | LinkDown
+    | UpdateArrived
+    | UpdateVerified
+    | UpdateRefused
+    | Persisted
+    | EcuDone
+    | ReceiptStored
+    | UsageRefused
+    | Ticked
+    | Stopping
+)
+
+# --- commands ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class MakeNonce:
+    """Give 16 random bytes; answered by NonceMade."""
+
+
+@dataclass(frozen=True, slots=True)
+class SendHello:
+    """Open the conversation on a new stream."""
+
+    nonce: bytes
+    director: Versions
+    catalogue: Versions
+    journal_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class OfferNonce:
+    """Give the cloud the nonce for its next signed time."""
+
+    nonce: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Verify:
+    """Verify an update; answered by UpdateVerified or UpdateRefused.
+
+    Args:
+        nonces: the unused nonces, the latest first: an answer to the one
+            before may have crossed the latest on its way.
+        now_ms: trusted time.
+    """
+
+    update: TrustBytes
+    nonces: tuple[bytes, ...]
+    now_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreTrust:
+    """Make a verified state durable, with floors and time mark.
+
+    Args:
+        mark_ms: trusted time, never to be undercut.
+        signed_ms: time of the answer: as of when the state was good.
+    """
+
+    number: int
+    verdict: Verdict
+    mark_ms: int
+    signed_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendResult:
+    """Tell the cloud how an update ended."""
+
+    director: Versions
+    catalogue: Versions
+    error_type: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureView:
+    """What one feature does, for the cloud, the page and the status command."""
+
+    feature_id: str
+    title: str
+    entitlement_id: str
+    state: str
+    reason: str
+    nrc: int
+    since_ms: int
+    activation_ms: int
+    trace_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class SendStatus:
+    """Tell the cloud what the features do."""
+
+    features: tuple[FeatureView, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Allow:
+    """Replace the guard's allow-list."""
+
+    rights: Rights
+    live: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class RunEcu:
+    """Send requests to an ECU one after the other; answered by EcuDone."""
+
+    feature_id: str
+    purpose: str
+    ecu: EcuSpec
+    requests: tuple[bytes, ...]
+    trace_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoreUsage:
+    """Make records, open windows and quota use durable in one commit."""
+
+    number: int
+    records: tuple[Record, ...]
+    windows: tuple[OpenWindow, ...]
+    used: Mapping[tuple[str, str], int]
+    mark_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class MarkSent:
+    """Note that records up to here are about to be sent."""
+
+    number: int
+    through_seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendUsage:
+    """Sign and send the records of [first_seq, through_seq]."""
+
+    first_seq: int
+    through_seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class Say:
+    """Write a log record."""
+
+    level: str
+    message: str
+    fields: Mapping[str, object]
+
+
+Command = (
+    MakeNonce
+    | SendHello
+    | OfferNonce
+    | Verify
+    | StoreTrust
+    | SendResult
+    | SendStatus
+    | Allow
+    | RunEcu
+    | StoreUsage
+    | MarkSent
+    | SendUsage
+    | Say
+)

@@ -1,0 +1,451 @@
+"""Meters: how long, or how far, a feature was really used.
+
+Pure. All results are integers, and every result is a pair (value, gap): the
+truth lies in [value, value + gap]. Value counts only what frames confirm:
+time between two frames that both show the condition met, distance between two
+odometer readings less the step in which the edge fell. Whatever lies between
+the frames around an edge, in a silence longer than a signal's maximum age, or
+behind an implausible odometer, goes into the gap.
+
+Limit: a state that comes and goes between two frames of a signal, less than its
+maximum age apart, is not seen; the age is chosen below the shortest state.
+
+Changes are settled in the order of their frames, and only up to the frontier:
+the moment up to which every input was heard.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from agent.features.conditions import Condition
+from agent.model import MeterKind, MeterSpec, SignalBatch, SignalChange, SignalInfo, SignalValue
+
+Dimensions = tuple[tuple[str, str], ...]
+"""Dimension names and values, sorted by name."""
+
+SPEED_MARGIN = 1.2
+"""An odometer that runs more than 20 % ahead of the speed signal is implausible."""
+_NS_PER_MS = 1_000_000
+_NS_PER_H = 3_600_000_000_000
+
+
+@dataclass(slots=True)
+class Total:
+    """Use within one window: nanoseconds (duration) or metres (distance).
+
+    Args:
+        value: confirmed.
+        gap: possible beyond it.
+        reason: GapReason name of the largest contribution to the gap.
+        unbounded: no bound of the gap is known.
+    """
+
+    value: int = 0
+    gap: int = 0
+    reason: str = ""
+    largest: int = 0
+    unbounded: bool = False
+
+    def add_gap(self, amount: int, reason: str) -> None:
+        """Declares more; the reason of the largest part is kept."""
+        if amount <= 0:
+            return
+        self.gap += amount
+        if amount > self.largest:
+            self.largest, self.reason = amount, reason
+
+
+@dataclass(slots=True)
+class _Segment:
+    """A run of one status of a distance meter, by odometer, from `start_ns` on."""
+
+    first_m: int
+    start_ns: int
+    billed_m: int = 0
+
+
+class Meter:
+    """One meter of one feature while the feature is on."""
+
+    def __init__(self, spec: MeterSpec, infos: Mapping[str, SignalInfo]) -> None:
+        """Compiles the meter's conditions.
+
+        Args:
+            spec: from the signed catalogue.
+            infos: units, steps and maximum ages of the signals.
+
+        Raises:
+            ConditionError: an expression does not compile.
+        """
+        self.spec = spec
+        self._infos = infos
+        self._condition = Condition.compile(spec.condition) if spec.condition else None
+        self._dimensions = tuple(
+            (d.name, tuple((value, Condition.compile(c)) for value, c in d.values)) for d in spec.dimensions
+        )
+        inputs = list(spec.condition.inputs) if spec.condition else []
+        for dimension in spec.dimensions:
+            for _, condition in dimension.values:
+                inputs += condition.inputs
+        if spec.kind is MeterKind.DISTANCE and spec.odometer:
+            inputs.append(spec.odometer)
+        self.inputs = tuple(dict.fromkeys(inputs))
+        self._known = frozenset(self.inputs) | ({spec.speed} if spec.speed else frozenset())
+        self.totals: dict[Dimensions, Total] = {}
+        self.mark_ns = 0
+        """Everything before this moment is settled."""
+        self.odometer_m: int | None = None
+        """Latest odometer reading that was settled."""
+        self._values: dict[str, SignalValue | None] = {}
+        self._seen: dict[str, int] = {}
+        self._queue: list[SignalChange] = []
+        self._status: Dimensions | None = None
+        self._unknown = True
+        self._segment: _Segment | None = None
+        self._odometer_at_ns = 0
+        self._top_speed_kmh: float | None = None
+        self._run_m = 0
+        self._run_at_ns = 0
+
+    # --- life ------------------------------------------------------------
+
+    def open(
+        self,
+        now_ns: int,
+        values: Mapping[str, SignalValue | None],
+        seen: Mapping[str, int],
+        *,
+        unsure_ns: int = 0,
+    ) -> None:
+        """Begins to meter.
+
+        Args:
+            now_ns: moment from which the feature is known to be on.
+            values: known values of the signals at that moment.
+            seen: when each signal was last heard, monotonic.
+            unsure_ns: how long before now it may have been on already, such
+                as from the request to the read-back that confirmed it.
+        """
+        self.mark_ns = now_ns
+        self._values = {n: values.get(n) for n in self._known}
+        self._seen = {n: seen[n] for n in self.inputs if n in seen}
+        self._note_speed()
+        self.odometer_m = self._reading(self._values.get(self.spec.odometer or ""))
+        self._odometer_at_ns = now_ns
+        self._unknown = self._lacks_value()
+        self._status = None if self._unknown else self._judge()
+        if self.spec.kind is MeterKind.DURATION:
+            self._total(self._key()).add_gap(unsure_ns, "EDGE")
+        else:
+            self._open_segment()
+
+    def observe(self, batch: SignalBatch, now_ns: int) -> None:
+        """Takes what the bus brought, in the order of its frames."""
+        for change in batch.changes:
+            if change.name in self._known:
+                self._queue.append(change)
+        self._queue.sort(key=lambda c: c.at_ns)
+        self._hear(batch.seen_ns)
+        frontier_ns = self._frontier(now_ns)
+        if self._is_silent(now_ns):
+            if not self._unknown:
+                self._replay(frontier_ns)
+            self._skip(now_ns, heard=False)
+        elif self._unknown:
+            self._skip(frontier_ns, heard=True)
+        else:
+            self._replay(frontier_ns)
+
+    def close(self, now_ns: int) -> None:
+        """Ends metering: what was not confirmed until now is declared."""
+        self._bound_unread(now_ns)
+        self._skip(now_ns, heard=False, reason="EDGE")
+        self._queue.clear()
+
+    def totals_now(self) -> dict[Dimensions, Total]:
+        """Totals in ms or m since the last `take`, without ending the window."""
+        if self.spec.kind is MeterKind.DISTANCE:
+            return {k: t for k, t in self.totals.items() if t.value or t.gap or t.unbounded}
+        rounded = {
+            k: Total(t.value // _NS_PER_MS, -(-t.gap // _NS_PER_MS), t.reason, t.largest)
+            for k, t in self.totals.items()
+        }
+        return {k: t for k, t in rounded.items() if t.value or t.gap}
+
+    def take(self) -> dict[Dimensions, Total]:
+        """Returns the totals in ms or m since the last call, and starts anew.
+
+        Fractions of a millisecond stay for the next window, so that a sum
+        over windows loses nothing.
+        """
+        taken = self.totals_now()
+        rest = {k: Total(t.value % _NS_PER_MS) for k, t in self.totals.items()}
+        self.totals = {} if self.spec.kind is MeterKind.DISTANCE else rest
+        return taken
+
+    # --- settling --------------------------------------------------------
+
+    def _frontier(self, now_ns: int) -> int:
+        """Up to when every input was heard."""
+        if not self.inputs:
+            return now_ns
+        # An odometer that has fallen silent holds nothing up: its next reading closes the hole.
+        odometer = self._odometer_name()
+        inputs = [n for n in self.inputs if n != odometer or not self._is_old(n, now_ns)]
+        if any(n not in self._seen for n in inputs):
+            return self.mark_ns
+        return min((self._seen[n] for n in inputs), default=now_ns)
+
+    def _hear(self, seen_ns: Mapping[str, int]) -> None:
+        """Takes when each input was heard; a hole longer than its maximum age becomes a gap."""
+        for name in self.inputs:
+            seen = seen_ns.get(name)
+            if seen is None:
+                continue
+            before = self._seen.get(name)
+            hole = before is None or seen - before > self._infos[name].max_age_ns
+            # Two readings of an odometer tell the distance between them, however far apart.
+            if hole and name != self._odometer_name():
+                if before is not None and not self._unknown:
+                    self._replay(min(before, self._frontier(before)))
+                self._skip(seen, heard=True)
+            self._seen[name] = seen
+
+    def _is_silent(self, now_ns: int) -> bool:
+        """Whether an input is too old to say what is going on now."""
+        return any(self._is_old(n, now_ns) for n in self.inputs if n != self._odometer_name())
+
+    def _is_old(self, name: str, now_ns: int) -> bool:
+        return name not in self._seen or now_ns - self._seen[name] > self._infos[name].max_age_ns
+
+    def _lacks_value(self) -> bool:
+        return any(self._values[n] is None for n in self.inputs if n != self._odometer_name())
+
+    def _odometer_name(self) -> str | None:
+        return self.spec.odometer if self.spec.kind is MeterKind.DISTANCE else None
+
+    def _skip(self, until_ns: int, *, heard: bool, reason: str = "SIGNAL") -> None:
+        """Declares everything up to a moment: nothing in it is known.
+
+        Args:
+            heard: the inputs are known again from that moment on.
+            reason: GapReason name.
+        """
+        if until_ns > self.mark_ns:
+            key = self._key()
+            first_m, first_ns = self.odometer_m, self._odometer_at_ns
+            self._absorb(until_ns)
+            if self.spec.kind is MeterKind.DURATION:
+                self._total(key).add_gap(until_ns - self.mark_ns, reason)
+            elif first_m is not None and self.odometer_m is not None and self.odometer_m >= first_m:
+                self._total(key).add_gap(self.odometer_m - first_m, reason)
+            elif self.odometer_m is not None:
+                self._declare_way(self._possible_m(self._odometer_at_ns - first_ns))
+            self.mark_ns = until_ns
+        self._unknown = not heard or self._lacks_value()
+        self._status = None if self._unknown else self._judge()
+        self._segment = None
+        if self.spec.kind is MeterKind.DISTANCE:
+            self._open_segment()
+
+    def _absorb(self, until_ns: int) -> None:
+        """Takes the values of changes without counting."""
+        for change in self._queue:
+            if change.at_ns > until_ns:
+                break
+            self._values[change.name] = change.value
+            self._note_speed()
+            if change.name == self._odometer_name():
+                self.odometer_m, self._odometer_at_ns = self._reading(change.value), change.at_ns
+        self._queue = [c for c in self._queue if c.at_ns > until_ns]
+
+    def _replay(self, until_ns: int) -> None:
+        """Applies the changes up to a moment in their order, and counts up to it."""
+        taken = 0
+        for change in self._queue:
+            if change.at_ns > until_ns:
+                break
+            taken += 1
+            self._apply(change)
+        del self._queue[:taken]
+        self._settle(until_ns)
+        self._bill_run()
+
+    def _apply(self, change: SignalChange) -> None:
+        """Settles up to a change, then takes its value."""
+        self._values[change.name] = change.value
+        if change.name == self._odometer_name():
+            self._odometer(self._reading(change.value), change)
+            return
+        self._note_speed()
+        status = self._judge()
+        if status == self._status:
+            self._bill_run()
+            return
+        confirmed_ns = min(max(self.mark_ns, change.previous_seen_ns or 0), change.at_ns)
+        if self._run_at_ns <= confirmed_ns:
+            self._bill_run()
+        elif self._segment is not None and self._status is not None:
+            # The reading came after the last frame that confirmed the status.
+            self._total(self._status).add_gap(self._run_m - self._segment.billed_m, "EDGE")
+        self._settle(confirmed_ns)
+        unsure_ns = max(0, change.at_ns - self.mark_ns)
+        if self.spec.kind is MeterKind.DURATION:
+            for key in (self._status, status):
+                if key is not None:
+                    self._total(key).add_gap(unsure_ns, "EDGE")
+        self.mark_ns = max(self.mark_ns, change.at_ns)
+        if self._status is not None:
+            self._bound_unread(change.at_ns)
+        self._status = status
+        if self.spec.kind is MeterKind.DISTANCE:
+            self._open_segment()
+
+    def _settle(self, until_ns: int) -> None:
+        """Counts the confirmed time up to a moment."""
+        if until_ns <= self.mark_ns:
+            return
+        if self._status is not None and self.spec.kind is MeterKind.DURATION:
+            self._total(self._status).value += until_ns - self.mark_ns
+        self.mark_ns = until_ns
+
+    # --- odometer ----------------------------------------------------------
+
+    def step_m(self) -> int:
+        """Step of the odometer, metres, rounded up; 1 if it is unknown."""
+        info = self._infos.get(self.spec.odometer or "")
+        return max(1, math.ceil(round(info.resolution * 1000, 6))) if info else 1
+
+    def _open_segment(self) -> None:
+        """Begins a run at the present reading; its two edges are declared at once."""
+        self._segment, self._run_m = None, 0
+        if self._status is None or self.odometer_m is None:
+            return
+        self._segment = _Segment(self.odometer_m, self.mark_ns)
+        # A step at each edge, and one for the age of the readings around them.
+        self._total(self._status).add_gap(3 * self.step_m(), "EDGE")
+
+    def _odometer(self, reading_m: int | None, change: SignalChange) -> None:
+        """Takes a reading; what it adds is billed once the status is known to have held."""
+        at_ns = change.at_ns
+        before_m, before_ns = self.odometer_m, self._odometer_at_ns
+        self.odometer_m, self._odometer_at_ns = reading_m, at_ns
+        possible_m = self._possible_m(at_ns - before_ns)
+        self._top_speed_kmh = None
+        self._note_speed()
+        if reading_m is None:
+            self._segment = None
+            return
+        if before_m is None:
+            self._declare_way(possible_m)
+            self._open_segment()
+            return
+        if self._status is None or self._segment is None:
+            return
+        moved_m = reading_m - before_m
+        if moved_m < 0 or (possible_m is not None and moved_m > possible_m):
+            # Reset, replaced, rolled over, or jumped: not billed, and bounded by the speed.
+            bound_m = abs(moved_m) if possible_m is None else possible_m
+            self._total(self._status).add_gap(bound_m, "SIGNAL")
+            self._open_segment()
+            return
+        if (change.previous_seen_ns or 0) < self._segment.start_ns:
+            # No frame between the start of the run and this reading: a part of it was before.
+            self._total(self._status).add_gap(moved_m, "EDGE")
+            self._segment.first_m = reading_m
+            return
+        # The true position is known to a step: without the step of the first edge
+        # the run is never more than what was driven.
+        self._run_m, self._run_at_ns = reading_m - self._segment.first_m - self.step_m(), at_ns
+
+    def _bill_run(self) -> None:
+        """Counts the run up to the latest reading."""
+        segment = self._segment
+        if segment is not None and self._status is not None and self._run_m > segment.billed_m:
+            self._total(self._status).value += self._run_m - segment.billed_m
+            segment.billed_m = self._run_m
+
+    def _bound_unread(self, now_ns: int) -> None:
+        """Declares the way since the odometer fell silent, as far as the speed allows."""
+        odometer = self._odometer_name()
+        if odometer is None:
+            return
+        if not self._is_old(odometer, now_ns):
+            return
+        for change in self._queue:
+            if change.name == self.spec.speed and isinstance(change.value, int | float):
+                self._top_speed_kmh = max(self._top_speed_kmh or 0.0, float(change.value))
+        heard_ns = self._seen.get(odometer)
+        self._declare_way(self._possible_m(now_ns - max(self._odometer_at_ns, heard_ns or 0)))
+
+    def _declare_way(self, possible_m: int | None) -> None:
+        """Declares a way that no odometer read."""
+        total = self._total(self._key())
+        if possible_m is None:
+            total.unbounded, total.reason = True, total.reason or "SIGNAL"
+        else:
+            total.add_gap(possible_m, "SIGNAL")
+
+    def _possible_m(self, elapsed_ns: int) -> int | None:
+        """Farthest that the speed signal allows, metres; None without one."""
+        if self._top_speed_kmh is None:
+            return None
+        metres = self._top_speed_kmh * 1000 * SPEED_MARGIN * max(0, elapsed_ns) / _NS_PER_H
+        return math.ceil(metres) + 2 * self.step_m()
+
+    # --- judging -------------------------------------------------------------
+
+    def _judge(self) -> Dimensions | None:
+        """Dimensions under which use counts now; None if it does not."""
+        if self._condition is not None and self._condition.evaluate(self._values) is not True:
+            return None
+        key = []
+        for name, choices in self._dimensions:
+            value = next((v for v, c in choices if c.evaluate(self._values) is True), "unknown")
+            key.append((name, value))
+        return tuple(sorted(key))
+
+    def _key(self) -> Dimensions:
+        """Under what a gap is declared: the present dimensions, or "unknown"."""
+        if self._status is not None:
+            return self._status
+        return tuple(sorted((name, "unknown") for name, _ in self._dimensions))
+
+    def _total(self, key: Dimensions) -> Total:
+        return self.totals.setdefault(key, Total())
+
+    def _note_speed(self) -> None:
+        speed = self._values.get(self.spec.speed or "")
+        if isinstance(speed, int | float):
+            self._top_speed_kmh = max(self._top_speed_kmh or 0.0, float(speed))
+
+    @staticmethod
+    def _reading(value: SignalValue | None) -> int | None:
+        """Odometer in whole metres from VSS kilometres."""
+        return round(float(value) * 1000) if isinstance(value, int | float) else None
+
+
+@dataclass(frozen=True, slots=True)
+class OpenWindow:
+    """What the journal keeps of a window that is still open, for a crash.
+
+    Args:
+        mark_ns: monotonic moment up to which it is settled.
+        mark_ms: the same in trusted Unix milliseconds.
+        totals: (dimensions, value, gap, reason) in ms or m.
+    """
+
+    feature_id: str
+    meter_id: str
+    entitlement_id: str
+    account: str
+    trace_id: str
+    kind: MeterKind
+    start_ms: int
+    mark_ns: int
+    mark_ms: int
+    odometer_m: int | None
+    totals: tuple[tuple[Dimensions, int, int, str], ...] = field(default=())
