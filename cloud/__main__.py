@@ -1,0 +1,111 @@
+"""fod-cloud: the server, and the operator's commands to it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cloud import client, config, server
+from cloud.errors import StartError
+from common import cli, log
+from common.config import ConfigError
+from openfod.operator.v1 import operator_service_pb2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        if arguments.command is None:
+            return _serve(arguments.config)
+        settings = config.read_operator(arguments.config)
+        return client.run(settings, lambda stub: int(arguments.command(stub, arguments)))
+    except (ConfigError, StartError) as error:
+        return cli.fail(str(error), code=cli.EXIT_USAGE)
+
+
+def _serve(path: Path) -> int:
+    settings = config.read(path)
+    log.configure(settings.log.level, settings.log.form)
+
+    def ready(cloud: server.Cloud) -> None:
+        cli.print_event("ready", port=cloud.port, enrolment_port=cloud.enrolment_port)
+
+    asyncio.run(server.serve(path, settings, ready))
+    return cli.EXIT_DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fod-cloud", description="Grants features and bills their use.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="run the server")
+    serve.add_argument("--config", type=Path, required=True, metavar="FILE")
+    serve.set_defaults(command=None)
+
+    vehicle = commands.add_parser("vehicle", help="register and list vehicles")
+    vehicle_commands = vehicle.add_subparsers(required=True, metavar="COMMAND")
+    add = _command(vehicle_commands, "add", "register a vehicle", client.add_vehicle)
+    add.add_argument("vin", metavar="VIN")
+    add.add_argument(
+        "--ecu",
+        type=_ecu,
+        action="append",
+        default=[],
+        metavar="IDENT:HWID:UIDHEX",
+        help="ECU as built in; may be given several times",
+    )
+    _command(vehicle_commands, "list", "list the vehicles", client.list_vehicles)
+
+    grant = _command(commands, "grant", "grant a vehicle the right of a plan", client.grant)
+    grant.add_argument("vin", metavar="VIN")
+    grant.add_argument("plan", metavar="PLAN")
+    grant.add_argument("--account", required=True, metavar="ACC", help="billing account, such as acc-4711")
+    grant.add_argument("--wait", action="store_true", help="wait until the vehicle reports it active")
+
+    revoke = _command(commands, "revoke", "end a right", client.revoke)
+    revoke.add_argument("vin", metavar="VIN")
+    revoke.add_argument("entitlement", metavar="ENTITLEMENT")
+    revoke.add_argument("--reason", required=True, help="why, for the audit log and the driver")
+
+    reading: list[tuple[str, str, Callable[[client.Stub, argparse.Namespace], int]]] = [
+        ("entitlements", "list a vehicle's rights", client.list_entitlements),
+        ("watch", "follow what a vehicle's features report", client.watch),
+        ("usage", "list a vehicle's usage", client.list_usage),
+        ("invoice", "show what a vehicle's accounts owe", client.invoice),
+    ]
+    for name, text, command in reading:
+        _command(commands, name, text, command).add_argument("vin", metavar="VIN")
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    text: str,
+    command: Callable[[client.Stub, argparse.Namespace], int],
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text)
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _ecu(text: str) -> operator_service_pb2.Ecu:
+    match = re.fullmatch(r"([^:]+):([^:]+):([0-9a-fA-F]{32})", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(
+            f"expected IDENT:HWID:UIDHEX, the uid in 32 hex digits; found {text!r}"
+        )
+    return operator_service_pb2.Ecu(
+        ecu_identifier=match[1], hardware_id=match[2], ecu_uid=bytes.fromhex(match[3])
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,346 @@
+"""The operator's commands: each calls the operator API and shows the answer.
+
+Never touches the database: what a command may do is what the server lets the
+operator's certificate do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import cast
+
+import grpc
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+
+from cloud import config
+from common import cli
+from common.config import ConfigError
+from openfod.operator.v1 import operator_service_pb2 as pb
+from openfod.operator.v1 import operator_service_pb2_grpc
+from openfod.usage.v1 import usage_pb2
+from openfod.vehicle.v1 import vehicle_service_pb2
+
+CALL_TIMEOUT_S = 30.0
+"""How long one call may take."""
+WAIT_TIMEOUT_S = 600.0
+"""How long `grant --wait` waits for the vehicle."""
+MAX_RESPONSE_BYTES = 64 * 1_048_576
+"""Largest answer."""
+
+Stub = operator_service_pb2_grpc.OperatorServiceStub
+
+_UNITS = {
+    usage_pb2.UNIT_MILLISECOND: "ms",
+    usage_pb2.UNIT_METRE: "m",
+    usage_pb2.UNIT_MILLIWATT_HOUR: "mWh",
+    usage_pb2.UNIT_ONE: "",
+}
+_NEXT_STEPS = {
+    grpc.StatusCode.UNAVAILABLE: "is fod-cloud serve running, and does operator.root_ca fit its certificate?",
+    grpc.StatusCode.DEADLINE_EXCEEDED: "the server did not answer in time; try again",
+    grpc.StatusCode.PERMISSION_DENIED: "use a certificate that the enrolment CA issued to an operator",
+}
+
+
+def run(settings: config.Operator, command: Callable[[Stub], int]) -> int:
+    """Runs one command over a channel to the operator API; returns the exit code."""
+    credentials = grpc.ssl_channel_credentials(
+        _read("operator.root_ca", settings.root_ca),
+        _read("operator.key", settings.key),
+        _read("operator.certificate", settings.certificate),
+    )
+    options = [
+        ("grpc.ssl_target_name_override", settings.server_name),
+        ("grpc.max_receive_message_length", MAX_RESPONSE_BYTES),
+    ]
+    with grpc.secure_channel(settings.endpoint, credentials, options) as channel:
+        try:
+            return command(Stub(channel))
+        except grpc.RpcError as error:
+            return cli.fail(_explain(settings.endpoint, cast("grpc.Call", error)))
+        except KeyboardInterrupt:
+            return cli.EXIT_FAILED
+
+
+def _explain(endpoint: str, error: grpc.Call) -> str:
+    next_step = _NEXT_STEPS.get(error.code())
+    details = (error.details() or error.code().name.lower()).splitlines()[0]
+    if error.code() is grpc.StatusCode.UNAVAILABLE:
+        details = f"cannot reach {endpoint}"
+    return f"{details} ({next_step})" if next_step else details
+
+
+def _read(key: str, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError([f"{key}: {path}: cannot be read: {error.strerror}"]) from error
+
+
+# --- commands ------------------------------------------------------------------
+
+
+def add_vehicle(stub: Stub, arguments: argparse.Namespace) -> int:
+    """Registers a vehicle and shows its claim token once."""
+    request = pb.CreateVehicleRequest(vin=arguments.vin, ecus=arguments.ecu, request_id=str(uuid.uuid4()))
+    answer = stub.CreateVehicle(request, timeout=CALL_TIMEOUT_S)
+    if arguments.json:
+        return _json(answer)
+    print(f"registered {answer.vehicle.vin} as {answer.vehicle.source}")
+    print(f"claim token, shown only now, valid until {_time(answer.claim_expires_ms)}:")
+    print(answer.claim_token)
+    return cli.EXIT_DONE
+
+
+def list_vehicles(stub: Stub, arguments: argparse.Namespace) -> int:
+    """Lists the vehicles."""
+    answer = stub.ListVehicles(pb.ListVehiclesRequest(), timeout=CALL_TIMEOUT_S)
+    if arguments.json:
+        return _json(answer)
+    cli.print_table(
+        ["VIN", "source", "enrolled", "connected", "last update", "ECUs"],
+        [
+            (
+                v.vin,
+                v.source,
+                _time(v.enrolled_ms),
+                "yes" if v.connected else "no",
+                _update(v.last_update) if v.HasField("last_update") else "-",
+                ", ".join(f"{e.ecu_identifier} ({e.hardware_id})" for e in v.ecus) or "-",
+            )
+            for v in answer.vehicles
+        ],
+    )
+    return cli.EXIT_DONE
+
+
+def grant(stub: Stub, arguments: argparse.Namespace) -> int:
+    """Grants a right; with --wait, follows it until the vehicle confirms it."""
+    started_ns = time.monotonic_ns()
+    request = pb.GrantEntitlementRequest(
+        vin=arguments.vin, plan_id=arguments.plan, account=arguments.account, request_id=str(uuid.uuid4())
+    )
+    answer = stub.GrantEntitlement(request, timeout=CALL_TIMEOUT_S)
+    right = answer.entitlement
+    result = {"grant": _plain(answer)}
+    if not arguments.json:
+        print(
+            f"granted {right.entitlement_id}: {right.feature_id} by {right.plan_id}, trace {right.trace_id}"
+        )
+    if not arguments.wait:
+        return _dump(result) if arguments.json else cli.EXIT_DONE
+    status = _follow(stub, arguments.vin, right.entitlement_id, quiet=arguments.json)
+    if status is None:
+        return cli.fail(
+            f"{arguments.vin} has not confirmed {right.feature_id} within {WAIT_TIMEOUT_S:.0f} s; the right "
+            f"stands, follow it with: fod-cloud watch {arguments.vin}"
+        )
+    waited_ms = (time.monotonic_ns() - started_ns) // 1_000_000
+    if arguments.json:
+        _dump({**result, "status": _plain(status), "waited_ms": waited_ms})
+    elif status.state == vehicle_service_pb2.FEATURE_STATE_ACTIVE:
+        print(f"active {waited_ms} ms after the grant; on the vehicle: {status.activation_ms} ms")
+    else:
+        nrc = f", NRC 0x{status.nrc:02X}" if status.nrc else ""
+        cli.fail(f"{right.feature_id}: {status.reason or 'fault'}{nrc}")
+    return cli.EXIT_DONE if status.state == vehicle_service_pb2.FEATURE_STATE_ACTIVE else cli.EXIT_FAILED
+
+
+def revoke(stub: Stub, arguments: argparse.Namespace) -> int:
+    """Ends a right."""
+    request = pb.RevokeEntitlementRequest(
+        vin=arguments.vin,
+        entitlement_id=arguments.entitlement,
+        reason=arguments.reason,
+        request_id=str(uuid.uuid4()),
+    )
+    answer = stub.RevokeEntitlement(request, timeout=CALL_TIMEOUT_S)
+    if arguments.json:
+        return _json(answer)
+    print(f"revoked {arguments.entitlement}; the vehicle releases it when that is safe")
+    return cli.EXIT_DONE
+
+
+def list_entitlements(stub: Stub, arguments: argparse.Namespace) -> int:
+    """Lists a vehicle's rights and what its features report."""
+    request = pb.ListEntitlementsRequest(vin=arguments.vin)
+    answer = stub.ListEntitlements(request, timeout=CALL_TIMEOUT_S)
+    if arguments.json:
+        return _json(answer)
+    cli.print_table(
+        ["right", "feature", "plan", "account", "granted", "ended", "on the vehicle"],
+        [
+            (
+                r.entitlement.entitlement_id,
+                r.entitlement.feature_id,
+                f"{r.entitlement.plan_id} v{r.entitlement.plan_version}",
+                r.entitlement.account,
+                _time(r.granted_ms),
+                f"{_time(r.revoked_ms)}: {r.revoke_reason}" if r.revoked_ms else "-",
+                _status(r.feature_status) if r.HasField("feature_status") else "not reported",
+            )
+            for r in answer.entitlements
+        ],
+    )
+    return cli.EXIT_DONE
+
+
+def watch(stub: Stub, arguments: argparse.Namespace) -> int:
+    """Shows each change of a vehicle's features until it is interrupted."""
+    for answer in stub.WatchFeatures(pb.WatchFeaturesRequest(vin=arguments.vin)):
+        if arguments.json:
+            cli.print_event("features", **_plain(answer))
+            continue
+        print(f"last update: {_update(answer.last_update) if answer.HasField('last_update') else 'none yet'}")
+        for status in answer.features:
+            print(f"  {status.feature_id}: {_status(status)}")
+    return cli.EXIT_DONE
+
+
+def list_usage(stub: Stub, arguments: argparse.Namespace) -> int:
+    """Lists a vehicle's usage records."""
+    records = list(_usage(stub, arguments.vin))
+    if arguments.json:
+        return _dump([_plain(record) for record in records])
+    cli.print_table(
+        ["id", "feature", "meter", "value", "not metered", "dimensions", "from", "to", "clock"],
+        [
+            (
+                r.id,
+                r.feature_id,
+                r.meter_id,
+                _quantity(r.value, r.unit),
+                _gap(r.gap, r.unit, unbounded=r.gap_unbounded),
+                ", ".join(f"{d.name}={d.value}" for d in r.dimensions) or "-",
+                _time(r.window_start_ms),
+                _time(r.window_end_ms),
+                usage_pb2.ClockTrust.Name(r.clock_trust).removeprefix("CLOCK_TRUST_").lower(),
+            )
+            for r in records
+        ],
+    )
+    return cli.EXIT_DONE
+
+
+def invoice(stub: Stub, arguments: argparse.Namespace) -> int:
+    """Shows what a vehicle's accounts owe as of now."""
+    answer = stub.PreviewInvoice(pb.PreviewInvoiceRequest(vin=arguments.vin), timeout=CALL_TIMEOUT_S)
+    if arguments.json:
+        return _json(answer)
+    for found in answer.invoices:
+        print(f"Invoice preview for {found.account}, as of {_time(found.rated_ms)}")
+        cli.print_table(
+            ["what", "quantity", "price", "amount", "not metered, not billed"],
+            [
+                (
+                    line.description,
+                    _quantity(line.quantity, line.unit),
+                    money(line.price_minor, found.currency)
+                    + (f" per {_quantity(line.per_units, line.unit)}" if line.meter_id else ""),
+                    money(line.amount_minor, found.currency),
+                    _gap(line.declared_gap, line.unit, unbounded=False) if line.meter_id else "-",
+                )
+                for line in found.lines
+            ],
+        )
+        print(f"Total: {money(found.total_minor, found.currency)}")
+    if not answer.invoices:
+        print("nothing to bill: the vehicle never had a right")
+    print("Each line is quantity times price, rounded once, half up, to the smallest unit of the currency.")
+    print("A right's fixed price is due at the start of each of its periods.")
+    return cli.EXIT_DONE
+
+
+# --- words for people ------------------------------------------------------------
+
+
+def money(minor: int, currency: str) -> str:
+    """An amount in words for people: 499 EUR minor units are "EUR 4.99"."""
+    decimals = _DECIMALS.get(currency, 2)
+    if decimals == 0:
+        return f"{currency} {minor}"
+    whole, rest = divmod(minor, 10**decimals)
+    return f"{currency} {whole}.{rest:0{decimals}d}"
+
+
+# ISO 4217: currencies whose minor unit is not a hundredth.
+_DECIMALS = {
+    **dict.fromkeys(["BIF", "CLP", "DJF", "GNF", "ISK", "JPY", "KMF", "KRW", "PYG", "RWF", "UGX", "VND"], 0),
+    **dict.fromkeys(["VUV", "XAF", "XOF", "XPF"], 0),
+    **dict.fromkeys(["BHD", "IQD", "JOD", "KWD", "LYD", "OMR", "TND"], 3),
+}
+
+
+def _follow(
+    stub: Stub, vin: str, entitlement_id: str, *, quiet: bool
+) -> vehicle_service_pb2.FeatureStatus | None:
+    """Waits until the vehicle reports this right active or at fault; None if it takes too long."""
+    ends = (vehicle_service_pb2.FEATURE_STATE_ACTIVE, vehicle_service_pb2.FEATURE_STATE_FAULT)
+    shown = ""
+    try:
+        for answer in stub.WatchFeatures(pb.WatchFeaturesRequest(vin=vin), timeout=WAIT_TIMEOUT_S):
+            for status in answer.features:
+                if status.entitlement_id != entitlement_id:
+                    continue
+                if status.state in ends:
+                    return status
+                if not quiet and shown != (shown := _status(status)):
+                    print(shown)
+    except grpc.RpcError as error:
+        if cast("grpc.Call", error).code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+            raise
+    return None
+
+
+def _usage(stub: Stub, vin: str) -> Iterable[usage_pb2.UsageRecord]:
+    token = ""
+    while True:
+        page = stub.ListUsage(pb.ListUsageRequest(vin=vin, page_token=token), timeout=CALL_TIMEOUT_S)
+        yield from page.records
+        token = page.next_page_token
+        if not token:
+            return
+
+
+def _time(ms: int) -> str:
+    return datetime.fromtimestamp(ms // 1000, UTC).strftime("%Y-%m-%d %H:%M:%SZ") if ms else "-"
+
+
+def _quantity(value: int, unit: int) -> str:
+    return f"{value} {_UNITS.get(unit, '')}".rstrip()  # type: ignore[call-overload]
+
+
+def _gap(gap: int, unit: int, *, unbounded: bool) -> str:
+    if unbounded:
+        return "unknown"
+    return _quantity(gap, unit) if gap else "-"
+
+
+def _status(status: vehicle_service_pb2.FeatureStatus) -> str:
+    state = vehicle_service_pb2.FeatureState.Name(status.state).removeprefix("FEATURE_STATE_").lower()
+    return f"{state} ({status.reason})" if status.reason else state
+
+
+def _update(result: vehicle_service_pb2.UpdateResult) -> str:
+    if result.error_type:
+        return f"refused: {result.error_type}: {result.error}"
+    return f"version {result.director.targets}"
+
+
+def _plain(message: Message) -> dict[str, object]:
+    return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+
+
+def _json(message: Message) -> int:
+    return _dump(_plain(message))
+
+
+def _dump(value: object) -> int:
+    cli.print_json(value)
+    return cli.EXIT_DONE

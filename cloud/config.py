@@ -1,0 +1,170 @@
+"""Reads cloud.toml: one file for the server and for the operator's commands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import sqlalchemy
+from sqlalchemy.exc import ArgumentError
+
+from common import config
+from common.config import option
+
+_ENDPOINT = r"[^\s:/]+:[0-9]{1,5}"
+
+
+@dataclass(frozen=True)
+class Server:
+    """Table [server]: the two listening ports and their TLS material."""
+
+    listen: str = option(pattern=_ENDPOINT)
+    enrolment_listen: str = option(pattern=_ENDPOINT)
+    certificate: Path = option()
+    key: Path = option()
+    client_ca: Path = option()
+
+
+@dataclass(frozen=True)
+class Operator:
+    """Table [operator]: how this operator reaches the server."""
+
+    endpoint: str = option(pattern=_ENDPOINT)
+    certificate: Path = option()
+    key: Path = option()
+    root_ca: Path = option()
+    server_name: str = option(default="localhost")
+
+
+@dataclass(frozen=True)
+class Store:
+    """Table [store]: SQLAlchemy URL; a relative SQLite path starts at the file's folder."""
+
+    url: str
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Table [catalogue]: the offline-signed repository and the two online keys."""
+
+    repository: Path = option()
+    snapshot_key: Path = option()
+    timestamp_key: Path = option()
+    root: Path = option()
+
+
+@dataclass(frozen=True)
+class Director:
+    """Table [director]."""
+
+    root: Path = option()
+    timestamp_key: Path = option()
+    snapshot_key: Path = option()
+    targets_key: Path = option()
+
+
+@dataclass(frozen=True)
+class Token:
+    """Table [token]."""
+
+    key: Path = option()
+    epoch: int = option(minimum=1, maximum=4_294_967_295)
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Table [receipt]."""
+
+    key: Path = option()
+
+
+@dataclass(frozen=True)
+class Enrolment:
+    """Table [enrolment]."""
+
+    ca_certificate: Path = option()
+    ca_key: Path = option()
+    claim_ttl_s: int = option(default=3600, minimum=60, maximum=604_800)
+
+
+@dataclass(frozen=True)
+class Log:
+    """Table [log]."""
+
+    level: str = option(default="info", choices=("debug", "info", "warning", "error"))
+    form: str = option(default="text", choices=("text", "json"))
+
+
+@dataclass(frozen=True)
+class _File:
+    """The whole file; which of its files have to exist depends on who reads it."""
+
+    server: Server
+    operator: Operator
+    store: Store
+    catalogue: Catalogue
+    director: Director
+    token: Token
+    receipt: Receipt
+    enrolment: Enrolment
+    plans: Path = option()
+    log: Log = field(default_factory=Log)
+
+
+@dataclass(frozen=True)
+class CloudConfig(_File):
+    """The whole file, for `fod-cloud serve`: every file that it names exists, but for [operator]."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Missing files, and a database that would forget every right."""
+        for table in fields(self):
+            section = getattr(self, table.name)
+            if table.name == "operator":
+                continue
+            if isinstance(section, Path):
+                yield from _missing(table.name, section)
+                continue
+            for key in fields(section):
+                value = getattr(section, key.name)
+                if isinstance(value, Path):
+                    yield from _missing(f"{table.name}.{key.name}", value)
+        try:
+            url = sqlalchemy.make_url(self.store.url)
+        except ArgumentError:
+            yield "store.url", "not a database URL"
+            return
+        if url.get_backend_name() == "sqlite" and url.database in {None, "", ":memory:"}:
+            yield "store.url", "a database in memory would forget every right; name a file"
+
+
+def read(path: Path) -> CloudConfig:
+    """Reads the configuration for the server.
+
+    Raises:
+        ConfigError: for all problems together.
+    """
+    return config.read(path, CloudConfig)
+
+
+def read_operator(path: Path) -> Operator:
+    """Reads the table [operator]; the server's files need not exist here.
+
+    Raises:
+        ConfigError: for all problems together.
+    """
+    return config.read(path, _File).operator
+
+
+def database_url(path: Path, store: Store) -> sqlalchemy.URL:
+    """Resolves a relative SQLite path against the folder of the configuration `path`."""
+    url = sqlalchemy.make_url(store.url)
+    if url.get_backend_name() == "sqlite":
+        url = url.set(database=str(path.resolve().parent / str(url.database)))
+    return url
+
+
+def _missing(key: str, path: Path) -> Iterator[tuple[str, str]]:
+    if not path.exists():
+        tls = "; TLS cannot be switched off" if key.startswith("server.") else ""
+        yield key, f"no such file: {path}{tls}"

@@ -1,0 +1,148 @@
+"""Loads the cloud's online keys, and says at once where one does not fit its root."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from securesystemslib.signer import CryptoSigner
+from tuf.api.exceptions import RepositoryError
+from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp
+from tuf.api.serialization import DeserializationError
+
+from cloud.config import CloudConfig
+from cloud.errors import StartError
+
+MAX_KEY_FILE_BYTES = 65_536
+"""Largest key, certificate or root file that is read."""
+
+
+@dataclass(frozen=True)
+class OnlineKeys:
+    """A repository's root and the two keys that sign its freshness.
+
+    Args:
+        root_bytes: the root as signed.
+    """
+
+    root_bytes: bytes
+    root: Metadata[Root]
+    timestamp: CryptoSigner
+    snapshot: CryptoSigner
+
+
+@dataclass(frozen=True)
+class Keyring:
+    """All online keys of one cloud."""
+
+    director: OnlineKeys
+    director_targets: CryptoSigner
+    catalogue: OnlineKeys
+    token: Ed25519PrivateKey
+    receipt: Ed25519PrivateKey
+    enrolment_ca: x509.Certificate
+    enrolment_key: EllipticCurvePrivateKey
+
+
+def load(settings: CloudConfig) -> Keyring:
+    """Reads all keys.
+
+    Raises:
+        StartError: a file is unreadable, or a key is not the one that its root
+            or certificate names.
+    """
+    director, catalogue = settings.director, settings.catalogue
+    director_root = load_root(director.root)
+    catalogue_root = load_root(catalogue.root)
+    authority = _certificate(settings.enrolment.ca_certificate)
+    return Keyring(
+        director=OnlineKeys(
+            _read(director.root),
+            director_root,
+            _signer(director.timestamp_key, director_root.signed, Timestamp.type),
+            _signer(director.snapshot_key, director_root.signed, Snapshot.type),
+        ),
+        director_targets=_signer(director.targets_key, director_root.signed, Targets.type),
+        catalogue=OnlineKeys(
+            _read(catalogue.root),
+            catalogue_root,
+            _signer(catalogue.timestamp_key, catalogue_root.signed, Timestamp.type),
+            _signer(catalogue.snapshot_key, catalogue_root.signed, Snapshot.type),
+        ),
+        token=_ed25519(settings.token.key),
+        receipt=_ed25519(settings.receipt.key),
+        enrolment_ca=authority,
+        enrolment_key=_authority_key(settings.enrolment.ca_key, authority),
+    )
+
+
+def load_root(path: Path) -> Metadata[Root]:
+    """Reads a root that its own keys signed (TUF 1.0.34, section 5.3).
+
+    Raises:
+        StartError: it is anything else.
+    """
+    try:
+        root = Metadata[Root].from_bytes(_read(path))
+        root.verify_delegate(Root.type, root)
+    except (RepositoryError, DeserializationError, ValueError) as error:
+        raise StartError(f"{path}: not a root that its own keys signed: {error}") from error
+    return root
+
+
+def _signer(path: Path, root: Root, role: str) -> CryptoSigner:
+    signer = CryptoSigner(_ed25519(path))
+    expected = root.roles[role].keyids
+    if signer.public_key.keyid not in expected:
+        raise StartError(
+            f"{path}: key {signer.public_key.keyid[:16]} is not the {role} key of the root, which names "
+            + ", ".join(keyid[:16] for keyid in expected)
+        )
+    return signer
+
+
+def _ed25519(path: Path) -> Ed25519PrivateKey:
+    key = _private_key(path)
+    if not isinstance(key, Ed25519PrivateKey):
+        raise StartError(f"{path}: expected an Ed25519 key, found {type(key).__name__}")
+    return key
+
+
+def _authority_key(path: Path, authority: x509.Certificate) -> EllipticCurvePrivateKey:
+    key = _private_key(path)
+    if not isinstance(key, EllipticCurvePrivateKey) or not isinstance(key.curve, SECP256R1):
+        raise StartError(f"{path}: expected a P-256 key, found {type(key).__name__}")
+    if key.public_key() != authority.public_key():
+        raise StartError(
+            f"{path}: not the key of the enrolment CA certificate {authority.subject.rfc4514_string()}"
+        )
+    return key
+
+
+def _private_key(path: Path) -> object:
+    try:
+        return serialization.load_pem_private_key(_read(path), None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise StartError(f"{path}: not an unencrypted PEM private key") from error
+
+
+def _certificate(path: Path) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(_read(path))
+    except ValueError as error:
+        raise StartError(f"{path}: not a PEM certificate") from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise StartError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(content) > MAX_KEY_FILE_BYTES:
+        raise StartError(f"{path}: {len(content)} bytes are more than the limit of {MAX_KEY_FILE_BYTES}")
+    return content

@@ -1,0 +1,1 @@
+"""Alembic migrations of the cloud's database; run when the cloud starts."""

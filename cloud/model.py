@@ -1,0 +1,62 @@
+"""The cloud's vocabulary: plain values that its parts pass to one another.
+
+Pure: no I/O, no clock, no randomness. Times in `_ms` are Unix milliseconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+VIN_PATTERN = r"[A-HJ-NPR-Z0-9]{17}"
+"""ISO 3779:2009: 17 characters without I, O and Q."""
+IDENTIFIER_PATTERN = r"[a-z][a-z0-9-]{1,47}"
+"""Features, plans, ECU identifiers and hardware identifiers."""
+HEAD_UNIT = "head-unit"
+"""ECU identifier of features that live on the agent itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ecu:
+    """An ECU as built into a vehicle.
+
+    Args:
+        uid: 16 bytes, to which its tokens are bound.
+    """
+
+    identifier: str
+    hardware_id: str
+    uid: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """What the cloud needs to know of one signed release of one feature.
+
+    Args:
+        path: target path in the catalogue repository.
+        content: the signed bytes.
+        feature_number: number in a token; 0 if the ECU verifies none.
+        meters: meter id -> kind, "duration" or "distance".
+        withdrawn: no new grants; existing rights go on.
+    """
+
+    path: str
+    content: bytes
+    feature_id: str
+    release: int
+    title: str
+    ecu_identifier: str
+    hardware_id: str
+    feature_number: int
+    withdrawn: bool
+    meters: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Versions:
+    """Versions of a repository's metadata that a vehicle trusts; 0 means none."""
+
+    root: int = 0
+    timestamp: int = 0
+    snapshot: int = 0
+    targets: int = 0

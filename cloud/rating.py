@@ -1,0 +1,157 @@
+"""Rates rights and their use into invoice lines.
+
+Pure: integers only, and the same rights, records and instant give the same
+lines. Prices are those that the right was granted at. Each line is rounded
+once, half up, to minor units. What was declared as a gap is shown and never
+billed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from cloud.errors import NotPossibleError
+from cloud.plans import Period
+from openfod.entitlement.v1 import entitlement_pb2
+from openfod.usage.v1 import usage_pb2
+
+MAX_AMOUNT = 2**63 - 1
+"""Highest amount or quantity of one line."""
+MAX_TRACE_IDS = 100
+"""Most trace-ids that one line lists."""
+
+_Dimensions = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Right:
+    """A right to be rated.
+
+    Args:
+        title: name of the feature.
+        ended_ms: when it ended, 0 while it lives.
+    """
+
+    entitlement: entitlement_pb2.Entitlement
+    title: str
+    granted_ms: int
+    ended_ms: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line; fields as in InvoiceLine of operator_service.proto."""
+
+    entitlement: entitlement_pb2.Entitlement
+    description: str
+    meter_id: str
+    dimensions: _Dimensions
+    quantity: int
+    unit: int
+    price_minor: int
+    per_units: int
+    amount_minor: int
+    declared_gap: int
+    gap_unbounded: bool
+    trace_ids: tuple[str, ...]
+
+
+def amount(quantity: int, price_minor: int, per_units: int) -> int:
+    """Quantity * price_minor / per_units, rounded half up; all whole numbers from 0, per_units from 1."""
+    return (2 * quantity * price_minor + per_units) // (2 * per_units)
+
+
+def started_periods(period: str, granted_ms: int, until_ms: int, *, renews: bool) -> int:
+    """How many periods of a right had started at an instant: each is paid at its start.
+
+    Args:
+        period: ISO 8601, or empty for a single payment.
+        until_ms: the instant, or when the right ended, whichever was first.
+    """
+    length = Period.parse(period)
+    if length is None or not renews:
+        return 1
+    count = 1
+    while length.start_ms(granted_ms, count) < until_ms:
+        count += 1
+    return count
+
+
+def rate(rights: Iterable[Right], records: Iterable[usage_pb2.UsageRecord], now_ms: int) -> list[Line]:
+    """Makes the lines of all rights: the fixed price first, then its use by meter and dimensions.
+
+    Records of rights that are not among `rights`, and of meters without a
+    price, make no line.
+
+    Raises:
+        NotPossibleError: an amount is beyond MAX_AMOUNT.
+    """
+    used: dict[str, list[usage_pb2.UsageRecord]] = defaultdict(list)
+    for record in records:
+        used[record.entitlement_id].append(record)
+    lines: list[Line] = []
+    for right in rights:
+        terms = right.entitlement.display_terms
+        if terms.price_minor or terms.period:
+            lines.append(_period_line(right, now_ms))
+        lines.extend(_use_lines(right, used[right.entitlement.entitlement_id]))
+    for line in lines:
+        if max(line.amount_minor, line.quantity, line.declared_gap) > MAX_AMOUNT:
+            raise NotPossibleError(f"{line.description}: an amount is beyond {MAX_AMOUNT}; it needs a person")
+    return lines
+
+
+def _period_line(right: Right, now_ms: int) -> Line:
+    terms = right.entitlement.display_terms
+    until_ms = min(now_ms, right.ended_ms) if right.ended_ms else now_ms
+    count = started_periods(terms.period, right.granted_ms, until_ms, renews=terms.renews)
+    what = (
+        f"{count} started period{'s' if count > 1 else ''} of {terms.period}"
+        if terms.period
+        else "single price"
+    )
+    return Line(
+        entitlement=right.entitlement,
+        description=f"{right.title}: {what}",
+        meter_id="",
+        dimensions=(),
+        quantity=count,
+        unit=usage_pb2.UNIT_UNSPECIFIED,
+        price_minor=terms.price_minor,
+        per_units=1,
+        amount_minor=amount(count, terms.price_minor, 1),
+        declared_gap=0,
+        gap_unbounded=False,
+        trace_ids=(right.entitlement.trace_id,),
+    )
+
+
+def _use_lines(right: Right, records: Iterable[usage_pb2.UsageRecord]) -> Iterable[Line]:
+    groups: dict[tuple[str, int, tuple[tuple[str, str], ...]], list[usage_pb2.UsageRecord]] = defaultdict(
+        list
+    )
+    for record in records:
+        dimensions = tuple(sorted((d.name, d.value) for d in record.dimensions))
+        groups[record.meter_id, record.unit, dimensions].append(record)
+    for price in right.entitlement.display_terms.use_prices:
+        for (meter_id, unit, dimensions), group in sorted(groups.items()):
+            if meter_id != price.meter_id:
+                continue
+            quantity = sum(r.value for r in group)
+            labels = ", ".join(f"{name} {value}" for name, value in dimensions)
+            yield Line(
+                entitlement=right.entitlement,
+                description=f"{right.title}: {meter_id}" + (f" ({labels})" if labels else ""),
+                meter_id=meter_id,
+                dimensions=dimensions,
+                quantity=quantity,
+                unit=unit,
+                price_minor=price.price_minor,
+                per_units=price.per_units,
+                amount_minor=amount(quantity, price.price_minor, price.per_units),
+                declared_gap=sum(r.gap for r in group),
+                gap_unbounded=any(r.gap_unbounded for r in group),
+                trace_ids=tuple(sorted({r.trace_id for r in group if r.trace_id}))[:MAX_TRACE_IDS],
+            )

@@ -1,0 +1,168 @@
+"""The tables of the cloud's database. Migrations make them; tests compare the two."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+metadata = sa.MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_name)s",
+    }
+)
+
+
+def _vin(*, primary_key: bool = False) -> sa.Column[str]:
+    key = sa.ForeignKey("vehicles.vin")
+    return sa.Column("vin", sa.String(17), key, nullable=False, primary_key=primary_key)
+
+
+vehicles = sa.Table(
+    "vehicles",
+    metadata,
+    sa.Column("vin", sa.String(17), primary_key=True),
+    sa.Column("source", sa.String(20), nullable=False, unique=True),
+    sa.Column("created_ms", sa.BigInteger, nullable=False),
+    sa.Column("enrolled_ms", sa.BigInteger, nullable=False),
+    sa.Column("last_update", sa.LargeBinary, nullable=False),
+)
+
+ecus = sa.Table(
+    "ecus",
+    metadata,
+    _vin(primary_key=True),
+    sa.Column("ecu_identifier", sa.String(48), primary_key=True),
+    sa.Column("hardware_id", sa.String(48), nullable=False),
+    sa.Column("uid", sa.LargeBinary(16), nullable=False, unique=True),
+)
+
+claims = sa.Table(
+    "claims",
+    metadata,
+    _vin(primary_key=True),
+    sa.Column("token_hash", sa.LargeBinary(32), nullable=False),
+    sa.Column("expires_ms", sa.BigInteger, nullable=False),
+    sa.Column("used_ms", sa.BigInteger, nullable=False),
+)
+
+devices = sa.Table(
+    "devices",
+    metadata,
+    sa.Column("fingerprint", sa.LargeBinary(32), primary_key=True),
+    _vin(),
+    sa.Column("certificate", sa.LargeBinary, nullable=False),
+    sa.Column("issued_ms", sa.BigInteger, nullable=False),
+    sa.Column("ended_ms", sa.BigInteger, nullable=False),
+)
+
+entitlements = sa.Table(
+    "entitlements",
+    metadata,
+    sa.Column("entitlement_id", sa.String(20), primary_key=True),
+    _vin(),
+    sa.Column("feature_id", sa.String(48), nullable=False),
+    sa.Column("account", sa.String(44), nullable=False),
+    sa.Column("plan_kind", sa.Integer, nullable=False),
+    sa.Column("content", sa.LargeBinary, nullable=False),
+    sa.Column("granted_ms", sa.BigInteger, nullable=False),
+    sa.Column("revoked_ms", sa.BigInteger, nullable=False),
+    sa.Column("revoke_reason", sa.String(256), nullable=False),
+    sa.Index("ix_entitlements_vin", "vin"),
+)
+
+vehicle_sets = sa.Table(
+    "vehicle_sets",
+    metadata,
+    _vin(primary_key=True),
+    sa.Column("version", sa.BigInteger, nullable=False),
+    sa.Column("entitlements", sa.LargeBinary, nullable=False),
+    sa.Column("targets", sa.LargeBinary, nullable=False),
+    sa.Column("snapshot", sa.LargeBinary, nullable=False),
+    sa.Column("expires_ms", sa.BigInteger, nullable=False),
+    sa.Column("timestamp_version", sa.BigInteger, nullable=False),
+)
+
+tokens = sa.Table(
+    "tokens",
+    metadata,
+    _vin(primary_key=True),
+    sa.Column("ecu_identifier", sa.String(48), primary_key=True),
+    sa.Column("feature_id", sa.String(48), primary_key=True),
+    sa.Column("hardware_id", sa.String(48), nullable=False),
+    sa.Column("counter", sa.BigInteger, nullable=False),
+    sa.Column("content", sa.LargeBinary, nullable=False),
+)
+
+# Counters outlive tokens and vehicles: they belong to the physical ECU.
+token_counters = sa.Table(
+    "token_counters",
+    metadata,
+    sa.Column("ecu_uid", sa.LargeBinary(16), primary_key=True),
+    sa.Column("feature_number", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("counter", sa.BigInteger, nullable=False),
+)
+
+usage_records = sa.Table(
+    "usage_records",
+    metadata,
+    sa.Column("source", sa.String(20), primary_key=True),
+    sa.Column("journal_id", sa.String(16), primary_key=True),
+    sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("content", sa.LargeBinary, nullable=False),
+    sa.Column("hash", sa.LargeBinary(32), nullable=False),
+    sa.Column("stored_ms", sa.BigInteger, nullable=False),
+)
+
+receipts = sa.Table(
+    "receipts",
+    metadata,
+    sa.Column("source", sa.String(20), primary_key=True),
+    sa.Column("journal_id", sa.String(16), primary_key=True),
+    sa.Column("through_seq", sa.BigInteger, nullable=False),
+    sa.Column("head_hash", sa.LargeBinary(32), nullable=False),
+    sa.Column("content", sa.LargeBinary, nullable=False),
+)
+
+feature_status = sa.Table(
+    "feature_status",
+    metadata,
+    _vin(primary_key=True),
+    sa.Column("feature_id", sa.String(48), primary_key=True),
+    sa.Column("content", sa.LargeBinary, nullable=False),
+)
+
+requests = sa.Table(
+    "requests",
+    metadata,
+    sa.Column("operator", sa.String(64), primary_key=True),
+    sa.Column("request_id", sa.String(36), primary_key=True),
+    sa.Column("request_hash", sa.LargeBinary(32), nullable=False),
+    sa.Column("response", sa.LargeBinary, nullable=False),
+    sa.Column("at_ms", sa.BigInteger, nullable=False),
+)
+
+audit_log = sa.Table(
+    "audit_log",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("at_ms", sa.BigInteger, nullable=False),
+    sa.Column("actor", sa.String(80), nullable=False),
+    sa.Column("action", sa.String(32), nullable=False),
+    sa.Column("vin", sa.String(17), nullable=False),
+    sa.Column("detail", sa.Text, nullable=False),
+)
+
+# One row: what the cloud last signed over the catalogue.
+catalogue_state = sa.Table(
+    "catalogue_state",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("targets_version", sa.BigInteger, nullable=False),
+    sa.Column("snapshot_version", sa.BigInteger, nullable=False),
+    sa.Column("snapshot", sa.LargeBinary, nullable=False),
+    sa.Column("timestamp_version", sa.BigInteger, nullable=False),
+    sa.Column("timestamp", sa.LargeBinary, nullable=False),
+    sa.Column("expires_ms", sa.BigInteger, nullable=False),
+)

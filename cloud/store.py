@@ -1,0 +1,482 @@
+"""Keeps the cloud's state in a SQL database: one transaction for each piece of work.
+
+Works on SQLite (WAL, synchronous=FULL) by default; outside `_open` nothing is
+particular to it. All work runs on one thread of its own, so that the event
+loop never waits for a disk and writers never meet; on a database that several
+processes share, the vehicle's row is locked first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from cloud import schema
+from cloud.catalogue import Fresh
+from cloud.errors import StartError
+from cloud.model import Ecu
+
+T = TypeVar("T")
+
+_SINGLE = 1
+"""Primary key of the only row of catalogue_state."""
+
+
+@dataclass(frozen=True, slots=True)
+class VehicleRow:
+    """A registered vehicle; `last_update` is a serialised UpdateResult, empty before the first."""
+
+    vin: str
+    source: str
+    enrolled_ms: int
+    last_update: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimRow:
+    """A one-time enrolment claim; `used_ms` is 0 until it is used."""
+
+    token_hash: bytes
+    expires_ms: int
+    used_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class EntitlementRow:
+    """A right with its history; `content` is a serialised Entitlement, `revoked_ms` 0 while it lives."""
+
+    entitlement_id: str
+    vin: str
+    feature_id: str
+    account: str
+    plan_kind: int
+    content: bytes
+    granted_ms: int
+    revoked_ms: int
+    revoke_reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SetRow:
+    """The newest signed set of a vehicle."""
+
+    version: int
+    entitlements: bytes
+    targets: bytes
+    snapshot: bytes
+    expires_ms: int
+    timestamp_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """The newest token of one feature in one ECU."""
+
+    ecu_identifier: str
+    feature_id: str
+    hardware_id: str
+    counter: int
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRow:
+    """One stored usage record, as received."""
+
+    journal_id: str
+    seq: int
+    content: bytes
+    hash: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiptRow:
+    """The newest receipt of a journal; `content` is a serialised SignedUsageReceipt."""
+
+    through_seq: int
+    head_hash: bytes
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRow:
+    """The answer that an operator's request got before."""
+
+    request_hash: bytes
+    response: bytes
+
+
+class Transaction:
+    """What one piece of work may read and write; all of it is stored, or nothing."""
+
+    def __init__(self, connection: sa.Connection) -> None:
+        self._connection = connection
+
+    # --- vehicles ---------------------------------------------------------
+
+    def lock_vehicle(self, vin: str) -> VehicleRow | None:
+        """Reads a vehicle and keeps other writers from it until the end."""
+        table = schema.vehicles
+        query = sa.select(table.c.vin, table.c.source, table.c.enrolled_ms, table.c.last_update)
+        row = self._connection.execute(query.where(table.c.vin == vin).with_for_update()).one_or_none()
+        return VehicleRow(*row) if row else None
+
+    def vehicles(self) -> list[VehicleRow]:
+        """All vehicles, by VIN."""
+        table = schema.vehicles
+        query = sa.select(table.c.vin, table.c.source, table.c.enrolled_ms, table.c.last_update)
+        return [VehicleRow(*row) for row in self._connection.execute(query.order_by(table.c.vin))]
+
+    def add_vehicle(self, vin: str, source: str, ecus: Iterable[Ecu], now_ms: int) -> None:
+        """Registers a vehicle with its ECUs."""
+        values = {"vin": vin, "source": source, "created_ms": now_ms, "enrolled_ms": 0, "last_update": b""}
+        self._insert(schema.vehicles, values)
+        for ecu in ecus:
+            self._insert(
+                schema.ecus,
+                {
+                    "vin": vin,
+                    "ecu_identifier": ecu.identifier,
+                    "hardware_id": ecu.hardware_id,
+                    "uid": ecu.uid,
+                },
+            )
+
+    def ecus(self, vin: str) -> list[Ecu]:
+        """A vehicle's ECUs, by identifier."""
+        table = schema.ecus
+        query = sa.select(table.c.ecu_identifier, table.c.hardware_id, table.c.uid)
+        rows = self._connection.execute(query.where(table.c.vin == vin).order_by(table.c.ecu_identifier))
+        return [Ecu(*row) for row in rows]
+
+    def ecu_owner(self, uid: bytes) -> str | None:
+        """VIN of the vehicle that an ECU is built into."""
+        table = schema.ecus
+        return self._connection.scalar(sa.select(table.c.vin).where(table.c.uid == uid))
+
+    def set_last_update(self, vin: str, content: bytes) -> None:
+        """Keeps how the vehicle's last trust update ended."""
+        self._put(schema.vehicles, {"vin": vin}, {"last_update": content})
+
+    # --- enrolment --------------------------------------------------------
+
+    def put_claim(self, vin: str, token_hash: bytes, expires_ms: int) -> None:
+        """Makes the vehicle's only claim; an older one ends."""
+        values = {"token_hash": token_hash, "expires_ms": expires_ms, "used_ms": 0}
+        self._put(schema.claims, {"vin": vin}, values)
+
+    def claim(self, vin: str) -> ClaimRow | None:
+        """The vehicle's claim."""
+        table = schema.claims
+        query = sa.select(table.c.token_hash, table.c.expires_ms, table.c.used_ms)
+        row = self._connection.execute(query.where(table.c.vin == vin)).one_or_none()
+        return ClaimRow(*row) if row else None
+
+    def enrol(self, vin: str, fingerprint: bytes, certificate: bytes, now_ms: int) -> None:
+        """Uses up the claim and makes this certificate the vehicle's only valid one."""
+        devices, claims, vehicles = schema.devices, schema.claims, schema.vehicles
+        still_valid = (devices.c.vin == vin) & (devices.c.ended_ms == 0)
+        self._connection.execute(devices.update().where(still_valid).values(ended_ms=now_ms))
+        self._insert(
+            devices,
+            {
+                "fingerprint": fingerprint,
+                "vin": vin,
+                "certificate": certificate,
+                "issued_ms": now_ms,
+                "ended_ms": 0,
+            },
+        )
+        self._connection.execute(claims.update().where(claims.c.vin == vin).values(used_ms=now_ms))
+        self._connection.execute(vehicles.update().where(vehicles.c.vin == vin).values(enrolled_ms=now_ms))
+
+    def device_vin(self, fingerprint: bytes) -> str | None:
+        """VIN for which a certificate is valid now; None if it never was or has ended."""
+        table = schema.devices
+        valid = (table.c.fingerprint == fingerprint) & (table.c.ended_ms == 0)
+        return self._connection.scalar(sa.select(table.c.vin).where(valid))
+
+    # --- rights -----------------------------------------------------------
+
+    def add_entitlement(self, row: EntitlementRow) -> None:
+        """Stores a new right."""
+        self._insert(schema.entitlements, {name: getattr(row, name) for name in row.__slots__})
+
+    def entitlements(self, vin: str) -> list[EntitlementRow]:
+        """A vehicle's rights, ended ones included, oldest first."""
+        return self._entitlements(schema.entitlements.c.vin == vin)
+
+    def trials(self, account: str, feature_id: str, plan_kind: int) -> int:
+        """How many rights of one kind an account ever had to a feature."""
+        table = schema.entitlements
+        same = (table.c.account == account) & (table.c.feature_id == feature_id)
+        query = sa.select(sa.func.count()).select_from(table).where(same & (table.c.plan_kind == plan_kind))
+        return int(self._connection.scalar(query) or 0)
+
+    def _entitlements(self, where: sa.ColumnElement[bool]) -> list[EntitlementRow]:
+        table = schema.entitlements
+        columns = [table.c[name] for name in EntitlementRow.__slots__]
+        query = sa.select(*columns).where(where).order_by(table.c.granted_ms, table.c.entitlement_id)
+        return [EntitlementRow(*row) for row in self._connection.execute(query)]
+
+    def end_entitlement(self, entitlement_id: str, now_ms: int, reason: str) -> None:
+        """Ends a right."""
+        values = {"revoked_ms": now_ms, "revoke_reason": reason}
+        self._put(schema.entitlements, {"entitlement_id": entitlement_id}, values)
+
+    def set_entitlement(self, entitlement_id: str, content: bytes) -> None:
+        """Replaces a right's content."""
+        self._put(schema.entitlements, {"entitlement_id": entitlement_id}, {"content": content})
+
+    def vehicle_set(self, vin: str) -> SetRow | None:
+        """The newest signed set."""
+        table = schema.vehicle_sets
+        columns = [table.c[name] for name in SetRow.__slots__]
+        row = self._connection.execute(sa.select(*columns).where(table.c.vin == vin)).one_or_none()
+        return SetRow(*row) if row else None
+
+    def put_vehicle_set(self, vin: str, row: SetRow) -> None:
+        """Stores a newly signed set."""
+        self._put(schema.vehicle_sets, {"vin": vin}, {name: getattr(row, name) for name in row.__slots__})
+
+    def next_timestamp_version(self, vin: str) -> int:
+        """Takes the next timestamp version of a vehicle that has a set."""
+        table = schema.vehicle_sets
+        mine = table.c.vin == vin
+        self._connection.execute(
+            table.update().where(mine).values(timestamp_version=table.c.timestamp_version + 1)
+        )
+        return int(self._connection.execute(sa.select(table.c.timestamp_version).where(mine)).scalar_one())
+
+    def next_token_counter(self, ecu_uid: bytes, feature_number: int) -> int:
+        """Takes the next counter of one feature in one physical ECU, from 1."""
+        table = schema.token_counters
+        mine = (table.c.ecu_uid == ecu_uid) & (table.c.feature_number == feature_number)
+        last = self._connection.scalar(sa.select(table.c.counter).where(mine)) or 0
+        key = {"ecu_uid": ecu_uid, "feature_number": feature_number}
+        self._put(table, key, {"counter": last + 1})
+        return int(last) + 1
+
+    def put_token(self, vin: str, row: TokenRow) -> None:
+        """Replaces the token of one feature in one ECU."""
+        key = {"vin": vin, "ecu_identifier": row.ecu_identifier, "feature_id": row.feature_id}
+        values = {"hardware_id": row.hardware_id, "counter": row.counter, "content": row.content}
+        self._put(schema.tokens, key, values)
+
+    def tokens(self, vin: str) -> list[TokenRow]:
+        """A vehicle's tokens, by ECU and feature."""
+        table = schema.tokens
+        columns = [table.c[name] for name in TokenRow.__slots__]
+        query = sa.select(*columns).where(table.c.vin == vin)
+        rows = self._connection.execute(query.order_by(table.c.ecu_identifier, table.c.feature_id))
+        return [TokenRow(*row) for row in rows]
+
+    # --- status -----------------------------------------------------------
+
+    def replace_status(self, vin: str, features: Mapping[str, bytes]) -> None:
+        """Keeps what a vehicle's features report now, by feature id."""
+        table = schema.feature_status
+        self._connection.execute(table.delete().where(table.c.vin == vin))
+        for feature_id, content in features.items():
+            self._insert(table, {"vin": vin, "feature_id": feature_id, "content": content})
+
+    def status(self, vin: str) -> dict[str, bytes]:
+        """What a vehicle's features last reported, by feature id."""
+        table = schema.feature_status
+        query = sa.select(table.c.feature_id, table.c.content).where(table.c.vin == vin)
+        rows = self._connection.execute(query.order_by(table.c.feature_id))
+        return {feature_id: content for feature_id, content in rows}  # noqa: C416 (rows are not pairs to mypy)
+
+    # --- usage ------------------------------------------------------------
+
+    def receipt(self, source: str, journal_id: str) -> ReceiptRow | None:
+        """The newest receipt of a journal."""
+        table = schema.receipts
+        columns = [table.c[name] for name in ReceiptRow.__slots__]
+        mine = (table.c.source == source) & (table.c.journal_id == journal_id)
+        row = self._connection.execute(sa.select(*columns).where(mine)).one_or_none()
+        return ReceiptRow(*row) if row else None
+
+    def put_receipt(self, source: str, journal_id: str, row: ReceiptRow) -> None:
+        """Stores the newest receipt of a journal."""
+        key = {"source": source, "journal_id": journal_id}
+        self._put(schema.receipts, key, {name: getattr(row, name) for name in row.__slots__})
+
+    def usage_hashes(self, source: str, journal_id: str, first: int, last: int) -> dict[int, bytes]:
+        """Hashes of stored records from `first` to `last`, by seq."""
+        table = schema.usage_records
+        mine = (table.c.source == source) & (table.c.journal_id == journal_id)
+        query = sa.select(table.c.seq, table.c.hash).where(mine & table.c.seq.between(first, last))
+        return {seq: digest for seq, digest in self._connection.execute(query)}  # noqa: C416 (as in status)
+
+    def add_usage(self, source: str, rows: Sequence[UsageRow], now_ms: int) -> None:
+        """Stores new records for ever."""
+        self._connection.execute(
+            schema.usage_records.insert(),
+            [
+                {
+                    "source": source,
+                    "journal_id": row.journal_id,
+                    "seq": row.seq,
+                    "content": row.content,
+                    "hash": row.hash,
+                    "stored_ms": now_ms,
+                }
+                for row in rows
+            ],
+        )
+
+    def usage(
+        self, source: str, after: tuple[str, int] = ("", 0), limit: int | None = None
+    ) -> list[UsageRow]:
+        """Records of a vehicle behind a position, by (journal, seq)."""
+        table = schema.usage_records
+        columns = [table.c[name] for name in UsageRow.__slots__]
+        journal, seq = after
+        behind = (table.c.journal_id > journal) | ((table.c.journal_id == journal) & (table.c.seq > seq))
+        query = sa.select(*columns).where((table.c.source == source) & behind)
+        query = query.order_by(table.c.journal_id, table.c.seq).limit(limit)
+        return [UsageRow(*row) for row in self._connection.execute(query)]
+
+    # --- requests, audit, catalogue ----------------------------------------
+
+    def request(self, operator: str, request_id: str) -> RequestRow | None:
+        """What a request with this id was answered before."""
+        table = schema.requests
+        mine = (table.c.operator == operator) & (table.c.request_id == request_id)
+        query = sa.select(table.c.request_hash, table.c.response).where(mine)
+        row = self._connection.execute(query).one_or_none()
+        return RequestRow(*row) if row else None
+
+    def add_request(self, operator: str, request_id: str, row: RequestRow, now_ms: int) -> None:
+        """Keeps the answer of a request."""
+        self._insert(
+            schema.requests,
+            {
+                "operator": operator,
+                "request_id": request_id,
+                "request_hash": row.request_hash,
+                "response": row.response,
+                "at_ms": now_ms,
+            },
+        )
+
+    def audit(self, actor: str, action: str, vin: str, now_ms: int, **detail: object) -> None:
+        """Writes who did what to the audit log; never pass a secret."""
+        text = json.dumps(detail, sort_keys=True)
+        values = {"at_ms": now_ms, "actor": actor, "action": action, "vin": vin, "detail": text}
+        self._insert(schema.audit_log, values)
+
+    def audit_entries(self, vin: str) -> list[tuple[str, str, dict[str, Any]]]:
+        """Actor, action and detail of a vehicle's entries, oldest first."""
+        table = schema.audit_log
+        query = sa.select(table.c.actor, table.c.action, table.c.detail).where(table.c.vin == vin)
+        rows = self._connection.execute(query.order_by(table.c.id))
+        return [(actor, action, json.loads(detail)) for actor, action, detail in rows]
+
+    def fresh(self) -> Fresh | None:
+        """What was last signed over the catalogue."""
+        table = schema.catalogue_state
+        columns = [table.c[name] for name in Fresh.__dataclass_fields__]
+        row = self._connection.execute(sa.select(*columns)).one_or_none()
+        return Fresh(*row) if row else None
+
+    def put_fresh(self, fresh: Fresh) -> None:
+        """Keeps what was signed over the catalogue."""
+        values = {name: getattr(fresh, name) for name in Fresh.__dataclass_fields__}
+        self._put(schema.catalogue_state, {"id": _SINGLE}, values)
+
+    # ----------------------------------------------------------------------
+
+    def _insert(self, table: sa.Table, values: Mapping[str, object]) -> None:
+        self._connection.execute(table.insert().values(**values))
+
+    def _put(self, table: sa.Table, key: Mapping[str, object], values: Mapping[str, object]) -> None:
+        """Updates the row with this key, or inserts it."""
+        mine = sa.and_(*(table.c[name] == value for name, value in key.items()))
+        if self._connection.execute(table.update().where(mine).values(**values)).rowcount == 0:
+            self._insert(table, {**key, **values})
+
+
+class Store:
+    """The database, and the thread that works on it."""
+
+    def __init__(self, url: sa.URL) -> None:
+        """Opens the database and brings its schema up to date.
+
+        Raises:
+            StartError: it cannot be opened, or a newer version of this program
+                made it.
+        """
+        self._engine = _open(url)
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="store")
+        try:
+            _migrate(self._engine)
+        except SQLAlchemyError as error:
+            raise StartError(f"{url.render_as_string()}: database cannot be used: {error}") from error
+
+    async def run(self, work: Callable[[Transaction], T]) -> T:
+        """Does `work` in one transaction on the store's thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._worker, self.run_here, work)
+
+    def run_here(self, work: Callable[[Transaction], T]) -> T:
+        """Does `work` in one transaction on this thread; an exception undoes all of it."""
+        with self._engine.begin() as connection:
+            return work(Transaction(connection))
+
+    def close(self) -> None:
+        """Waits for the work under way and closes the database."""
+        self._worker.shutdown()
+        self._engine.dispose()
+
+
+def _open(url: sa.URL) -> sa.Engine:
+    if url.get_backend_name() != "sqlite":
+        return sa.create_engine(url)
+    if url.database not in (None, "", ":memory:"):
+        Path(str(url.database)).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    engine = sa.create_engine(url, connect_args={"timeout": 30})
+
+    @sa.event.listens_for(engine, "connect")
+    def _on_connect(connection: DBAPIConnection, _record: ConnectionPoolEntry) -> None:
+        assert isinstance(connection, sqlite3.Connection)
+        # The driver's own transactions begin too late: SELECT would run outside.
+        connection.isolation_level = None
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @sa.event.listens_for(engine, "begin")
+    def _on_begin(connection: sa.Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    return engine
+
+
+def _migrate(engine: sa.Engine) -> None:
+    settings = Config()
+    settings.set_main_option("script_location", "cloud:migrations")
+    known = {script.revision for script in ScriptDirectory.from_config(settings).walk_revisions()}
+    with engine.begin() as connection:
+        found = MigrationContext.configure(connection).get_current_revision()
+        if found is not None and found not in known:
+            raise StartError(
+                f"database schema {found} is newer than this program knows ({max(known)}); "
+                "nothing was changed; run a newer fod-cloud"
+            )
+        settings.attributes["connection"] = connection
+        command.upgrade(settings, "head")

@@ -1,0 +1,333 @@
+"""The vehicle's side: enrolment, and one stream per vehicle.
+
+The certificate of the connection says which vehicle it is; nothing in a
+message overrides that. Each signed time answers a nonce that was not answered
+before, so a change waits until the vehicle has offered one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+import grpc
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from cloud import enrolment, identity, ingest, rights
+from cloud.changes import Changes, Topic
+from cloud.director import NONCE_BYTES
+from cloud.errors import (
+    ClaimError,
+    ForbiddenError,
+    InvalidRequestError,
+    RequestError,
+    UsageError,
+)
+from cloud.keyring import Keyring
+from cloud.model import IDENTIFIER_PATTERN, Versions
+from cloud.rights import Rights
+from cloud.store import Store, Transaction
+from common import log
+from openfod.usage.v1 import usage_pb2
+from openfod.vehicle.v1 import vehicle_service_pb2 as pb
+from openfod.vehicle.v1 import vehicle_service_pb2_grpc
+
+MAX_FEATURES = 256
+"""Most features in one status report."""
+MAX_REASON = 256
+"""Longest reason in a status, characters."""
+MAX_ERROR = 1_024
+"""Longest error in an update result, characters."""
+SIGNED_TIME_MAX_AGE_MS = 55_000
+"""Age of the last signed time from which an offered nonce is answered though nothing changed."""
+
+_log = log.get(__name__)
+
+
+class EnrolmentService(vehicle_service_pb2_grpc.EnrolmentServiceServicer):
+    """Turns claims into device certificates."""
+
+    def __init__(self, store: Store, keys: Keyring, now_ms: Callable[[], int]) -> None:
+        self._store, self._keys, self._now_ms = store, keys, now_ms
+
+    async def Enroll(self, request: pb.EnrollRequest, context: identity.Context) -> pb.EnrollResponse:  # noqa: N802
+        """Issues the device certificate of a pre-authorised VIN."""
+
+        def work(tx: Transaction) -> enrolment.Issued:
+            return enrolment.enrol(
+                tx,
+                request.vin,
+                request.claim_token,
+                key,
+                self._keys.enrolment_ca,
+                self._keys.enrolment_key,
+                self._now_ms(),
+            )
+
+        try:
+            # Callers are not known yet: their requests are checked before the database is locked.
+            key = await asyncio.to_thread(enrolment.device_key, request.csr_der)
+            issued = await self._store.run(work)
+        except InvalidRequestError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except ClaimError as error:
+            # One answer for all reasons: a guesser learns nothing. The log has the reason.
+            _log.warning("enrolment refused", vin=repr(request.vin[:20]), reason=str(error))
+            await context.abort(
+                grpc.StatusCode.UNAUTHENTICATED, "the claim is unknown, used, expired or of another VIN"
+            )
+        _log.info("vehicle enrolled", vin=request.vin, source=issued.source)
+        return pb.EnrollResponse(certificate_der=issued.certificate_der, source=issued.source)
+
+
+@dataclass
+class _Stream:
+    """One vehicle's open stream.
+
+    Args:
+        wake: set when rights of the vehicle have changed, or a newer stream took over.
+        nonce: offered by the vehicle and not answered yet.
+        due: the vehicle is to get an update as soon as there is a nonce.
+        signed_ms: time that was last signed to it.
+    """
+
+    device: identity.Device
+    source: str
+    wake: asyncio.Event
+    superseded: bool = False
+    opened: bool = False
+    nonce: bytes | None = None
+    due: bool = False
+    signed_ms: int = 0
+    director: Versions = Versions()
+    catalogue: Versions = Versions()
+
+    @property
+    def vin(self) -> str:
+        """The vehicle, by its certificate."""
+        return self.device.vin
+
+
+class VehicleService(vehicle_service_pb2_grpc.VehicleServiceServicer):
+    """Carries trust updates down, and status and usage up."""
+
+    def __init__(
+        self,
+        store: Store,
+        rights: Rights,
+        changes: Changes,
+        receipt_key: Ed25519PrivateKey,
+        now_ms: Callable[[], int],
+    ) -> None:
+        self._store, self._rights, self._changes = store, rights, changes
+        self._receipt_key, self._now_ms = receipt_key, now_ms
+        self._streams: dict[str, _Stream] = {}
+
+    def connected(self, vin: str) -> bool:
+        """True while the vehicle's stream is open."""
+        return vin in self._streams
+
+    async def Connect(  # noqa: N802 (named by the contract)
+        self, request_iterator: AsyncIterator[pb.ConnectRequest], context: identity.Context
+    ) -> AsyncIterator[pb.ConnectResponse]:
+        """Serves one vehicle for as long as its stream lasts."""
+        try:
+            device = identity.device(context)
+            source = await self._admit(device)
+            with self._changes.watch(Topic.RIGHTS, device.vin) as wake:
+                stream = _Stream(device, source, wake)
+                self._take_over(stream)
+                try:
+                    async for response in self._serve(stream, aiter(request_iterator)):
+                        yield response
+                finally:
+                    if self._streams.get(stream.vin) is stream:
+                        del self._streams[stream.vin]
+                    _log.info("stream ended", vin=stream.vin, superseded=stream.superseded)
+        except RequestError as error:
+            _log.warning("stream refused", error=error.kind, reason=str(error))
+            await context.abort(identity.status_code(error), str(error))
+        if stream.superseded:
+            await context.abort(grpc.StatusCode.ABORTED, "a newer stream of this vehicle took over")
+
+    async def _admit(self, device: identity.Device) -> str:
+        """Refuses a certificate that a later enrolment replaced; returns the vehicle's pseudonym."""
+
+        def work(tx: Transaction) -> str | None:
+            vehicle = tx.lock_vehicle(device.vin)
+            known = tx.device_vin(device.fingerprint) == device.vin
+            return vehicle.source if vehicle is not None and known else None
+
+        source = await self._store.run(work)
+        if source is None:
+            raise ForbiddenError(f"the certificate is not (or no longer) the one of vehicle {device.vin}")
+        return source
+
+    def _take_over(self, stream: _Stream) -> None:
+        older = self._streams.get(stream.vin)
+        if older is not None:
+            older.superseded = True
+            older.wake.set()
+        self._streams[stream.vin] = stream
+
+    async def _serve(
+        self, stream: _Stream, requests: AsyncIterator[pb.ConnectRequest]
+    ) -> AsyncIterator[pb.ConnectResponse]:
+        read = asyncio.ensure_future(anext(requests, None))
+        wake = asyncio.ensure_future(stream.wake.wait())
+        try:
+            while True:
+                await asyncio.wait({read, wake}, return_when=asyncio.FIRST_COMPLETED)
+                if stream.superseded:
+                    return
+                if wake.done():
+                    stream.wake.clear()
+                    stream.due = True
+                    wake = asyncio.ensure_future(stream.wake.wait())
+                if read.done():
+                    request = read.result()
+                    if request is None:
+                        return
+                    for response in await self._answer(stream, request):
+                        yield response
+                    read = asyncio.ensure_future(anext(requests, None))
+                if stream.due and stream.nonce is not None:
+                    yield await self._update(stream)
+        finally:
+            read.cancel()
+            wake.cancel()
+
+    async def _answer(self, stream: _Stream, request: pb.ConnectRequest) -> list[pb.ConnectResponse]:
+        payload = request.WhichOneof("payload")
+        if stream.opened is (payload == "hello"):
+            raise InvalidRequestError("payload", expected="one hello, and it first", found=payload)
+        match payload:
+            case "hello":
+                return await self._hello(stream, request.hello)
+            case "nonce_offer":
+                stream.nonce = _nonce(request.nonce_offer.nonce)
+                if self._now_ms() - stream.signed_ms > SIGNED_TIME_MAX_AGE_MS:
+                    stream.due = True
+            case "update_result":
+                await self._update_result(stream, request.update_result)
+            case "feature_status":
+                await self._feature_status(stream, request.feature_status)
+            case "usage":
+                return [await self._usage(stream, request.usage)]
+            case _:
+                raise InvalidRequestError("payload", expected="a message of the contract", found=payload)
+        return []
+
+    async def _hello(self, stream: _Stream, hello: pb.Hello) -> list[pb.ConnectResponse]:
+        stream.opened = True
+        stream.nonce = _nonce(hello.nonce)
+        stream.director, stream.catalogue = _versions(hello.director), _versions(hello.catalogue)
+        _log.info(
+            "stream opened",
+            vin=stream.vin,
+            agent_version=hello.agent_version[:64],
+            director_targets=stream.director.targets,
+        )
+        responses = [await self._update(stream)]
+        receipt = await self._store.run(lambda tx: tx.receipt(stream.source, hello.journal_id[:16]))
+        if receipt is not None:
+            signed = usage_pb2.SignedUsageReceipt.FromString(receipt.content)
+            responses.append(pb.ConnectResponse(receipt=signed))
+        return responses
+
+    async def _update(self, stream: _Stream) -> pb.ConnectResponse:
+        """Answers the unused nonce; a change that comes meanwhile is due again."""
+        nonce, stream.nonce, stream.due = stream.nonce, None, False
+        assert nonce is not None
+        now_ms = self._now_ms()
+
+        def work(tx: Transaction) -> pb.TrustUpdate:
+            return self._rights.update(tx, stream.vin, nonce, stream.director, stream.catalogue, now_ms)
+
+        update = await self._store.run(work)
+        stream.signed_ms = now_ms
+        if update.director.targets:
+            traces = await self._store.run(lambda tx: rights.live_traces(tx, stream.vin))
+            _log.info("rights pushed", vin=stream.vin, trace_ids=",".join(traces))
+        return pb.ConnectResponse(trust_update=update)
+
+    async def _update_result(self, stream: _Stream, result: pb.UpdateResult) -> None:
+        _bounded("update_result.error", result.error, MAX_ERROR)
+        _bounded("update_result.error_type", result.error_type, MAX_REASON)
+        stream.director, stream.catalogue = _versions(result.director), _versions(result.catalogue)
+        content = result.SerializeToString(deterministic=True)
+        await self._store.run(lambda tx: tx.set_last_update(stream.vin, content))
+        self._changes.notify(Topic.STATUS, stream.vin)
+        if result.error_type:
+            _log.warning(
+                "the vehicle refused an update", vin=stream.vin, error=result.error_type, reason=result.error
+            )
+
+    async def _feature_status(self, stream: _Stream, report: pb.FeatureStatusReport) -> None:
+        if len(report.features) > MAX_FEATURES:
+            raise InvalidRequestError(
+                "feature_status.features", expected=f"at most {MAX_FEATURES}", found=len(report.features)
+            )
+        for status in report.features:
+            if not re.fullmatch(IDENTIFIER_PATTERN, status.feature_id):
+                raise InvalidRequestError(
+                    "feature_status.feature_id", expected=IDENTIFIER_PATTERN, found=status.feature_id[:64]
+                )
+            _bounded("feature_status.reason", status.reason, MAX_REASON)
+        features = {s.feature_id: s.SerializeToString(deterministic=True) for s in report.features}
+        await self._store.run(lambda tx: tx.replace_status(stream.vin, features))
+        self._changes.notify(Topic.STATUS, stream.vin)
+
+    async def _usage(self, stream: _Stream, signed: usage_pb2.SignedUsageBatch) -> pb.ConnectResponse:
+        try:
+            # A full batch takes milliseconds, for which other streams should not wait.
+            batch = await asyncio.to_thread(ingest.verify, signed, stream.device.key, stream.source)
+        except UsageError as error:
+            return await self._refuse(stream, signed, error)
+        try:
+            taken = await self._store.run(
+                lambda tx: ingest.take(tx, stream.source, batch, self._receipt_key, self._now_ms())
+            )
+        except UsageError as error:
+            return await self._refuse(stream, signed, error)
+        _log.info(
+            "usage taken",
+            source=stream.source,
+            journal=batch.journal_id,
+            through_seq=taken.through_seq,
+            new_records=taken.new_records,
+            trace_ids=",".join(batch.trace_ids),
+        )
+        return pb.ConnectResponse(receipt=usage_pb2.SignedUsageReceipt.FromString(taken.receipt))
+
+    async def _refuse(
+        self, stream: _Stream, signed: usage_pb2.SignedUsageBatch, error: UsageError
+    ) -> pb.ConnectResponse:
+        _log.warning("usage refused", source=stream.source, error=error.kind, reason=str(error))
+        journal_id = ingest.claimed_journal(signed)
+        stored = await self._store.run(lambda tx: tx.receipt(stream.source, journal_id))
+        return pb.ConnectResponse(
+            usage_refusal=pb.UsageRefusal(
+                journal_id=journal_id,
+                error_type=error.kind,
+                error=str(error),
+                stored_through_seq=stored.through_seq if stored else 0,
+            )
+        )
+
+
+def _nonce(nonce: bytes) -> bytes:
+    if len(nonce) != NONCE_BYTES:
+        raise InvalidRequestError("nonce", expected=f"{NONCE_BYTES} bytes", found=len(nonce))
+    return nonce
+
+
+def _versions(versions: pb.RepositoryVersions) -> Versions:
+    return Versions(versions.root, versions.timestamp, versions.snapshot, versions.targets)
+
+
+def _bounded(field: str, text: str, limit: int) -> None:
+    if len(text) > limit:
+        raise InvalidRequestError(field, expected=f"at most {limit} characters", found=len(text))

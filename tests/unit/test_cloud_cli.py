@@ -1,0 +1,228 @@
+"""The operator's commands, against a running server, in words and in JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+from support.cloud_world import (
+    ACCOUNT,
+    ECU,
+    HARDWARE,
+    VIN,
+    Device,
+    Stream,
+    World,
+    chain,
+    open_world,
+    signed_batch,
+    uid,
+    write_config,
+)
+
+from cloud import client
+from cloud.__main__ import main
+from openfod.vehicle.v1 import vehicle_service_pb2 as pb
+
+
+class Running:
+    """A cloud on a thread of its own, and the configuration that reaches it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._stop = asyncio.Event()
+        started: Future[World] = Future()
+
+        async def serve() -> None:
+            async with open_world(write_config(folder)) as world:
+                started.set_result(world)
+                await self._stop.wait()
+
+        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(serve(),))
+        self._thread.start()
+        self.world = started.result(20)
+        self.config = folder / "cloud.toml"
+        text = self.config.read_text()
+        old = 'endpoint = "127.0.0.1:0"'
+        assert old in text
+        self.config.write_text(text.replace(old, f'endpoint = "127.0.0.1:{self.world.cloud.port}"'))
+
+    def do(self, story: object) -> object:
+        """Runs a coroutine beside the cloud."""
+        assert asyncio.iscoroutine(story)
+        return asyncio.run_coroutine_threadsafe(story, self._loop).result(20)
+
+    def later(self, story: object) -> None:
+        """Starts a coroutine beside the cloud."""
+        assert asyncio.iscoroutine(story)
+        asyncio.run_coroutine_threadsafe(story, self._loop)
+
+    def close(self) -> None:
+        """Ends the cloud."""
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+        self._loop.close()
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[Running]:
+    cloud = Running(tmp_path)
+    yield cloud
+    cloud.close()
+
+
+def _run(running: Running, *words: str) -> int:
+    return main([*words, "--config", str(running.config)])
+
+
+def _add(running: Running, *more: str) -> int:
+    return _run(running, "vehicle", "add", VIN, "--ecu", f"{ECU}:{HARDWARE}:{uid(VIN).hex()}", *more)
+
+
+def test_from_registration_to_invoice(running: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _add(running) == 0
+    words = capsys.readouterr().out
+    claim = words.splitlines()[-1]
+    assert words.startswith(f"registered {VIN} as veh-")
+
+    assert _run(running, "grant", VIN, "seat-heating-monthly", "--account", ACCOUNT) == 0
+    right = capsys.readouterr().out.split()[1].rstrip(":")
+
+    async def drive() -> None:
+        device = await running.world.enroll(VIN, claim)
+        stream = running.world.connect(device)
+        await stream.hello()
+        records = chain(device.source, 2, value=50_000, entitlement_id=right, gap=7)
+        await stream.upload(signed_batch(device.key, device.source, records))
+
+    running.do(drive())
+    assert _run(running, "entitlements", VIN) == 0
+    assert right in capsys.readouterr().out
+    assert _run(running, "usage", VIN) == 0
+    usage = capsys.readouterr().out
+    assert "50000 ms" in usage
+    assert "7 ms" in usage
+    assert _run(running, "invoice", VIN) == 0
+    invoice = capsys.readouterr().out
+    assert "EUR 4.99" in invoice
+    assert "EUR 0.03 per 60000 ms  EUR 0.05  14 ms" in invoice
+    assert "Total: EUR 5.04" in invoice
+    assert "rounded once, half up" in invoice
+    assert _run(running, "revoke", VIN, right, "--reason", "cancelled") == 0
+    assert _run(running, "entitlements", VIN) == 0
+    assert "cancelled" in capsys.readouterr().out
+    assert _run(running, "vehicle", "list") == 0
+    assert "seat-module (openfod-seat-1)" in capsys.readouterr().out
+
+
+def test_every_reading_command_speaks_json(running: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _add(running, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["vehicle"]["vin"] == VIN
+    assert _run(running, "grant", VIN, "logbook-per-km", "--account", ACCOUNT, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["grant"]["entitlement"]["feature_id"] == "drivers-logbook"
+    for words in (["vehicle", "list"], ["entitlements", VIN], ["usage", VIN], ["invoice", VIN]):
+        assert _run(running, *words, "--json") == 0
+        json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("state", ["ACTIVE", "FAULT"])
+def test_grant_waits_until_the_vehicle_has_answered(
+    running: Running, capsys: pytest.CaptureFixture[str], state: str
+) -> None:
+    async def open_stream() -> tuple[Device, Stream]:
+        device = await running.world.device()
+        stream = running.world.connect(device)
+        await stream.hello()
+        await stream.offer()
+        return device, stream
+
+    async def confirm(stream: Stream) -> None:
+        await stream.update()
+        rows = await running.world.cloud.store.run(lambda tx: tx.entitlements(VIN))
+        for name in ("PENDING", state):
+            status = pb.FeatureStatus(
+                feature_id="seat-heating",
+                entitlement_id=rows[0].entitlement_id,
+                state=pb.FeatureState.Value(f"FEATURE_STATE_{name}"),
+                reason="vehicle is moving" if name == "PENDING" else "",
+                activation_ms=42 if name == "ACTIVE" else 0,
+                nrc=0x33 if name == "FAULT" else 0,
+            )
+            await stream.send(feature_status=pb.FeatureStatusReport(features=[status]))
+
+    opened = running.do(open_stream())
+    assert isinstance(opened, tuple)
+    running.later(confirm(opened[1]))
+    code = _run(running, "grant", VIN, "seat-heating-monthly", "--account", ACCOUNT, "--wait")
+    shown = capsys.readouterr()
+    assert code == (0 if state == "ACTIVE" else 1)
+    if state == "ACTIVE":
+        assert "on the vehicle: 42 ms" in shown.out
+    else:
+        assert "NRC 0x33" in shown.err
+
+
+def test_a_refusal_is_one_clear_line(running: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(running, "grant", VIN, "logbook-per-km", "--account", ACCOUNT) == 1
+    error = capsys.readouterr().err
+    assert error == f"error: vehicle {VIN} is not registered; first: fod-cloud vehicle add {VIN}\n"
+
+
+def test_a_server_out_of_reach_is_said_with_the_next_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(tmp_path, **{'endpoint = "127.0.0.1:0"': 'endpoint = "127.0.0.1:1"'})
+    assert main(["vehicle", "list", "--config", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: cannot reach 127.0.0.1:1 (is fod-cloud serve running")
+    assert len(error.splitlines()) == 1
+
+
+def test_an_operator_needs_none_of_the_servers_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(tmp_path)
+    text = path.read_text()
+    head, _, rest = text.partition("[operator]")
+    operator, _, tail = rest.partition("[store]")
+    path.write_text(
+        head.replace("/keys/", "/gone/")
+        + "[operator]"
+        + operator
+        + "[store]"
+        + tail.replace("/keys/", "/gone/")
+    )
+    assert main(["vehicle", "list", "--config", str(path)]) == 1
+    assert "cannot reach" in capsys.readouterr().err
+
+
+def test_a_missing_operator_key_is_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_config(tmp_path, **{"operator/operator.key": "operator/missing.key"})
+    assert main(["vehicle", "list", "--config", str(path)]) == 2
+    assert "operator.key: " in capsys.readouterr().err
+
+
+def test_a_malformed_ecu_is_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["vehicle", "add", VIN, "--ecu", "seat", "--config", "x"])
+    assert caught.value.code == 2
+    assert "expected IDENT:HWID:UIDHEX" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("minor", "currency", "text"),
+    [
+        (499, "EUR", "EUR 4.99"),
+        (0, "EUR", "EUR 0.00"),
+        (5, "USD", "USD 0.05"),
+        (1200, "JPY", "JPY 1200"),
+        (1234, "KWD", "KWD 1.234"),
+    ],
+)
+def test_amounts_read_as_people_write_them(minor: int, currency: str, text: str) -> None:
+    assert client.money(minor, currency) == text
