@@ -34,7 +34,7 @@ from agent.adapters.local_api import ANSWER_S, LocalApi
 from agent.adapters.store import Store
 from agent.adapters.uds import FUNCTIONAL_ID, UdsClient
 from agent.config import AgentConfig, BusConfig
-from agent.engine import Engine, check_conditions
+from agent.engine import Engine
 from agent.errors import (
     AgentError,
     ConditionError,
@@ -46,6 +46,7 @@ from agent.errors import (
 )
 from agent.features.guard import Guard
 from agent.features.lifecycle import State
+from agent.metering.ledger import check_conditions
 from agent.metering.record import BATCH_DOMAIN, RECEIPT_DOMAIN, batch
 from agent.model import Frame, RepositoryBytes, Rights, TrustBytes, Verdict, Versions
 from agent.signals.database import SignalDatabase
@@ -390,7 +391,8 @@ class App:
                     now_ms=command.now_ms,
                     floors=self._verified_floors,
                 )
-                check_conditions(verdict.rights)
+                for feature in verdict.rights.features.values():
+                    check_conditions(feature)
             except ReplayError as error:
                 refusal = error
             except (TrustError, ConditionError) as error:

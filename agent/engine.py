@@ -11,22 +11,19 @@ unknown (a stale signal, an ECU that was not read) switches nothing on.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from agent import events as ev
 from agent.errors import IllegalTransitionError, NegativeResponseError, VehicleError
 from agent.features.conditions import Condition
 from agent.features.guard import activation_request, read_back_request, session_request
 from agent.features.lifecycle import METERED, Action, Event, State, transition
-from agent.metering.meter import Meter, OpenWindow
-from agent.metering.record import GENESIS_HASH, Head, Record, Use, append
+from agent.metering.ledger import Ledger
 from agent.model import (
     ActuatorKind,
     Entitlement,
     FeatureSpec,
-    MeterKind,
     Rights,
     SignalInfo,
     SignalValue,
@@ -62,16 +59,6 @@ class _EcuView:
 
 
 @dataclass(slots=True)
-class _Session:
-    """One meter at work under one right."""
-
-    meter: Meter
-    entitlement: Entitlement
-    trace_id: str
-    start_ms: int
-
-
-@dataclass(slots=True)
 class _Feature:
     """One feature at run time."""
 
@@ -94,7 +81,6 @@ class _Feature:
     asked_ns: int = 0
     activation_ms: int = 0
     nrc: int = 0
-    sessions: list[_Session] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -128,9 +114,8 @@ class Engine:
             checkpoint_ns: longest time for which use is only in memory.
             window_ns: length of a usage window.
         """
-        self._source = source
+        self._ledger = Ledger(source, infos, self._say)
         self._clock = clock
-        self._infos = infos
         self._checkpoint_ns = checkpoint_ns
         self._window_ns = window_ns
         self._signals = SignalState(infos)
@@ -142,14 +127,10 @@ class Engine:
         self._live: frozenset[str] = frozenset()
         self._director = Versions()
         self._catalogue = Versions()
-        self._head = Head("", 0, GENESIS_HASH)
         self._upload = _Upload()
-        self._recovered: list[OpenWindow] = []
-        self._same_boot = False
-        self._used: dict[tuple[str, str], int] = {}
-        self._unsaved: list[Record] = []
         # The store may hold open windows: the first checkpoint replaces them.
         self._had_windows = True
+        self._after: dict[int, ev.Command] = {}
         self._checkpoint_due_ns = 0
         self._window_due_ns = 0
         self._link = False
@@ -169,7 +150,8 @@ class Engine:
         self._out = []
         self._take(event, now_ns)
         self._evaluate_all(now_ns)
-        self._resolve_recovered(now_ns)
+        if self._ledger.resolve(self._is_seen, self._odometer(now_ns), now_ns=now_ns, now=self._time(now_ns)):
+            self._checkpoint_due_ns = now_ns
         self._keep_time(now_ns, force=isinstance(event, ev.Stopping))
         self._send(now_ns)
         return self._out
@@ -187,9 +169,7 @@ class Engine:
                 self._boot(event, now_ns)
             case ev.SignalsArrived(batch):
                 self._signals.apply(batch)
-                for feature in self._features.values():
-                    for session in feature.sessions:
-                        session.meter.observe(batch, now_ns)
+                self._ledger.observe(batch, now_ns)
             case ev.BusChanged(bus, state, reason):
                 self._buses[bus] = state
                 self._say("warning" if state == "lost" else "info", f"bus {bus} is {state}", reason=reason)
@@ -227,56 +207,18 @@ class Engine:
             case ev.Ticked():
                 pass
             case ev.Stopping():
-                for feature in self._features.values():
-                    self._close_windows(feature, now_ns)
+                self._ledger.close_windows(self._time(now_ns))
 
     # --- start and trust -----------------------------------------------------
 
     def _boot(self, event: ev.Booted, now_ns: int) -> None:
-        self._head = event.head
         self._upload.stored_seq, self._upload.acked_seq = event.head.seq, event.acked_seq
-        self._same_boot = event.same_boot
-        self._used = dict(event.used)
         self._contact_ms = event.last_contact_ms
-        self._checkpoint_due_ns = now_ns + self._checkpoint_ns
         self._window_due_ns = now_ns + self._window_ns
-        for window in event.windows:
-            # What was confirmed before the end becomes a record at once; the
-            # time since then stays open until the feature is seen again.
-            for dimensions, value, gap, reason in window.totals:
-                self._record(
-                    Use(
-                        feature_id=window.feature_id,
-                        meter_id=window.meter_id,
-                        kind=window.kind,
-                        entitlement_id=window.entitlement_id,
-                        account=window.account,
-                        trace_id=window.trace_id,
-                        dimensions=dimensions,
-                        value=value,
-                        gap=gap,
-                        gap_reason=reason,
-                        start_ms=window.start_ms,
-                        end_ms=max(window.start_ms, window.mark_ms),
-                        signed_clock=self._time(now_ns).source == "signed",
-                    )
-                )
-            self._recovered.append(
-                OpenWindow(
-                    feature_id=window.feature_id,
-                    meter_id=window.meter_id,
-                    entitlement_id=window.entitlement_id,
-                    account=window.account,
-                    trace_id=window.trace_id,
-                    kind=window.kind,
-                    start_ms=window.mark_ms,
-                    mark_ns=window.mark_ns,
-                    mark_ms=window.mark_ms,
-                    odometer_m=window.odometer_m,
-                )
-            )
-        if event.windows:
-            self._checkpoint(now_ns)
+        self._ledger.restore(
+            event.head, event.used, event.windows, same_boot=event.same_boot, now=self._time(now_ns)
+        )
+        self._checkpoint(now_ns)
         if event.verdict is not None:
             self._director, self._catalogue = event.verdict.director, event.verdict.catalogue
             self._apply_rights(event.verdict.rights, now_ns)
@@ -295,7 +237,9 @@ class Engine:
             self._out.append(ev.OfferNonce(nonce))
         else:
             self._greeted = True
-            self._out.append(ev.SendHello(nonce, self._director, self._catalogue, self._head.journal_id))
+            self._out.append(
+                ev.SendHello(nonce, self._director, self._catalogue, self._ledger.head.journal_id)
+            )
 
     def _verified(self, event: ev.UpdateVerified, now_ns: int) -> None:
         sent_ns = next((t for n, t in self._nonces if n == event.nonce), None)
@@ -321,6 +265,9 @@ class Engine:
             self._out.append(ev.MakeNonce())
 
     def _persisted(self, number: int, now_ns: int) -> None:
+        after = self._after.pop(number, None)
+        if after is not None:
+            self._out.append(after)
         match self._waiting.pop(number, None):
             case ev.StoreTrust(_, verdict, _, _):
                 changed = verdict.rights.version != self._rights.version
@@ -400,13 +347,7 @@ class Engine:
         if not (right.live or kept):
             return False, False, right.reason
         for quota in entitlement.quotas:
-            used = self._used.get((entitlement.entitlement_id, quota.meter_id), 0)
-            used += sum(
-                t.value
-                for s in feature.sessions
-                if s.meter.spec.meter_id == quota.meter_id and s.entitlement is entitlement
-                for t in s.meter.totals_now().values()
-            )
+            used = self._ledger.used_now(entitlement.entitlement_id, quota.meter_id)
             if quota.hard and used >= quota.limit:
                 return False, True, f"quota of {quota.meter_id} is used up: {used} of {quota.limit}"
         return True, False, right.reason
@@ -552,7 +493,7 @@ class Engine:
             case Action.ACTIVATE:
                 self._activate(feature, now_ns)
             case Action.RELEASE:
-                self._release(feature, now_ns)
+                self._release(feature)
             case Action.START_METERS:
                 if event is Event.CONFIRMED and feature.arrived_ns:
                     feature.activation_ms = max(1, (now_ns - feature.arrived_ns) // _NS_PER_MS)
@@ -567,24 +508,26 @@ class Engine:
 
     # --- ECU ---------------------------------------------------------------------
 
-    def _run(self, feature: _Feature, purpose: str, requests: tuple[bytes, ...]) -> None:
+    def _run(self, feature: _Feature, purpose: str, requests: tuple[bytes, ...]) -> ev.RunEcu:
         assert feature.spec.ecu is not None
         feature.busy, feature.error = True, None
         trace = feature.entitlement.trace_id if feature.entitlement else ""
-        self._out.append(ev.RunEcu(feature.spec.feature_id, purpose, feature.spec.ecu, requests, trace))
+        return ev.RunEcu(feature.spec.feature_id, purpose, feature.spec.ecu, requests, trace)
 
     def _read_back(self, feature: _Feature, now_ns: int) -> None:
         if feature.busy or now_ns < feature.retry_ns or feature.spec.read_back is None:
             return
-        self._run(feature, "read back", (read_back_request(feature.spec),))
+        self._out.append(self._run(feature, "read back", (read_back_request(feature.spec),)))
 
     def _activate(self, feature: _Feature, now_ns: int) -> None:
+        """Asks the ECU, once it is on disk that the feature may be on from now."""
         feature.asked_ns = now_ns
         if feature.spec.kind is ActuatorKind.NONE:
             feature.ecu = _EcuView(on=True, counter=None)
             return
         assert feature.token is not None
-        self._run(
+        assert feature.entitlement is not None
+        command = self._run(
             feature,
             "activate",
             (
@@ -593,20 +536,23 @@ class Engine:
                 read_back_request(feature.spec),
             ),
         )
+        if self._ledger.is_metering(feature.spec.feature_id):
+            self._out.append(command)
+            return
+        self._ledger.arm(
+            feature.spec, feature.entitlement, self._odometer(now_ns), now_ns=now_ns, now=self._time(now_ns)
+        )
+        self._after[self._checkpoint(now_ns)] = command
 
-    def _release(self, feature: _Feature, now_ns: int) -> None:
+    def _release(self, feature: _Feature) -> None:
         if feature.spec.kind is ActuatorKind.NONE:
             feature.ecu = _EcuView(on=False, counter=None)
             return
         token = feature.token
         burn = token is not None and not token.allows
         request = activation_request(feature.spec, token) if token and burn else feature.spec.release_request
-        self._run(
-            feature,
-            "release",
-            (session_request(feature.spec.session), request, read_back_request(feature.spec)),
-        )
-        feature.asked_ns = now_ns
+        requests = (session_request(feature.spec.session), request, read_back_request(feature.spec))
+        self._out.append(self._run(feature, "release", requests))
 
     def _ecu_done(self, event: ev.EcuDone, now_ns: int) -> None:
         feature = self._features.get(event.feature_id)
@@ -630,198 +576,61 @@ class Engine:
             )
             return
         feature.ecu = view
-        if not view.on and feature.state not in METERED:
-            self._stop_meters(feature, now_ns)
+        if not view.on:
+            self._ledger.disarm(event.feature_id)
+            if feature.state not in METERED:
+                self._stop_meters(feature, now_ns)
 
     # --- metering ------------------------------------------------------------------
 
     def _start_meters(self, feature: _Feature, now_ns: int) -> None:
-        entitlement = feature.entitlement
-        assert entitlement is not None
-        if feature.sessions and feature.sessions[0].entitlement is entitlement:
-            return
-        self._stop_meters(feature, now_ns)
-        now = self._time(now_ns)
-        seen = self._signals.seen_ns
-        for spec in feature.spec.meters:
-            meter = Meter(spec, self._infos)
-            wanted = (*meter.inputs, *([spec.speed] if spec.speed else []))
-            values = {name: self._signals.value(name, now_ns) for name in wanted}
-            unsure_ns = now_ns - feature.asked_ns if feature.asked_ns else 0
-            meter.open(now_ns, values, seen, unsure_ns=unsure_ns)
-            trace_id = _session_trace(entitlement, self._head, spec.meter_id, now_ns)
-            feature.sessions.append(_Session(meter, entitlement, trace_id, now.unix_ms))
-            self._say(
-                "info",
-                "metering has begun",
-                feature=feature.spec.feature_id,
-                meter=spec.meter_id,
-                entitlement=entitlement.entitlement_id,
-                trace_id=trace_id,
-                grant_trace_id=entitlement.trace_id,
-            )
+        assert feature.entitlement is not None
+        self._ledger.start(
+            feature.spec,
+            feature.entitlement,
+            self._signals,
+            unsure_ns=now_ns - feature.asked_ns if feature.asked_ns else 0,
+            now_ns=now_ns,
+            now=self._time(now_ns),
+        )
         feature.asked_ns = 0
         self._checkpoint_due_ns = now_ns
 
     def _stop_meters(self, feature: _Feature, now_ns: int) -> None:
-        if not feature.sessions:
-            return
-        for session in feature.sessions:
-            session.meter.close(now_ns)
-        self._close_windows(feature, now_ns)
-        feature.sessions.clear()
-        feature.asked_ns = 0
-        self._checkpoint_due_ns = now_ns
-
-    def _close_windows(self, feature: _Feature, now_ns: int) -> None:
-        now = self._time(now_ns)
-        for session in feature.sessions:
-            for dimensions, total in session.meter.take().items():
-                self._record(
-                    Use(
-                        feature_id=feature.spec.feature_id,
-                        meter_id=session.meter.spec.meter_id,
-                        kind=session.meter.spec.kind,
-                        entitlement_id=session.entitlement.entitlement_id,
-                        account=session.entitlement.account,
-                        trace_id=session.trace_id,
-                        dimensions=dimensions,
-                        value=total.value,
-                        gap=total.gap,
-                        gap_reason=total.reason,
-                        start_ms=session.start_ms,
-                        end_ms=max(session.start_ms, now.unix_ms),
-                        signed_clock=now.source == "signed",
-                        gap_unbounded=total.unbounded,
-                    )
-                )
-            session.start_ms = max(session.start_ms, now.unix_ms)
-
-    def _record(self, use: Use) -> None:
-        self._head, record = append(self._head, self._source, use)
-        self._unsaved.append(record)
-        key = (use.entitlement_id, use.meter_id)
-        self._used[key] = self._used.get(key, 0) + use.value
-        self._say(
-            "info",
-            "usage window is closed",
-            feature=use.feature_id,
-            meter=use.meter_id,
-            value=use.value,
-            gap=use.gap,
-            gap_reason=use.gap_reason,
-            seq=record.seq,
-            trace_id=use.trace_id,
-        )
-
-    def _resolve_recovered(self, now_ns: int) -> None:
-        """Declares the time that the agent was not running, once its end is known.
-
-        The end is the moment at which the feature is metered again or its ECU
-        reports it off; a distance also needs the odometer.
-        """
-        if not self._recovered:
-            return
-        now = self._time(now_ns)
-        odometer_m = self._odometer(now_ns)
-        open_still: list[OpenWindow] = []
-        for window in self._recovered:
-            feature = self._features.get(window.feature_id)
-            seen = feature is not None and (
-                bool(feature.sessions)
-                or (feature.ecu is not None and not feature.ecu.on and not feature.busy)
-            )
-            distance = window.kind is MeterKind.DISTANCE
-            if not seen or (distance and odometer_m is None and window.odometer_m is not None):
-                open_still.append(window)
-                continue
-            self._declare_down(window, now, odometer_m, now_ns)
-        if len(open_still) < len(self._recovered):
-            self._recovered = open_still
+        if self._ledger.is_metering(feature.spec.feature_id):
+            self._ledger.stop(feature.spec.feature_id, now_ns=now_ns, now=self._time(now_ns))
             self._checkpoint_due_ns = now_ns
 
-    def _declare_down(
-        self, window: OpenWindow, now: TrustedTime, odometer_m: int | None, now_ns: int
-    ) -> None:
-        unbounded = False
-        if window.kind is MeterKind.DISTANCE:
-            step_m = self._odometer_step_m()
-            unbounded = odometer_m is None or window.odometer_m is None or odometer_m < window.odometer_m
-            gap = 0 if unbounded else (odometer_m or 0) - (window.odometer_m or 0) + step_m
-        elif self._same_boot:
-            gap = -(-(now_ns - window.mark_ns) // _NS_PER_MS)
-        else:
-            # Only Unix time bridges a restart of the machine, and only a signed one bounds it.
-            gap = max(0, now.unix_ms - window.mark_ms) + now.uncertainty_ms
-            unbounded = now.source != "signed"
-        self._record(
-            Use(
-                feature_id=window.feature_id,
-                meter_id=window.meter_id,
-                kind=window.kind,
-                entitlement_id=window.entitlement_id,
-                account=window.account,
-                trace_id=window.trace_id,
-                dimensions=(),
-                value=0,
-                gap=gap,
-                gap_reason="AGENT_DOWN",
-                start_ms=window.mark_ms,
-                end_ms=max(window.mark_ms, now.unix_ms),
-                signed_clock=now.source == "signed",
-                gap_unbounded=unbounded,
-            )
-        )
-
-    def _odometer_step_m(self) -> int:
-        info = self._infos.get("Vehicle.TraveledDistance")
-        return max(1, round(info.resolution * 1000)) if info else 1
+    def _is_seen(self, feature_id: str) -> bool:
+        """Whether it is known if a feature is on or off."""
+        feature = self._features.get(feature_id)
+        if feature is None:
+            return False
+        off = feature.ecu is not None and not feature.ecu.on and not feature.busy
+        return off or self._ledger.is_metering(feature_id)
 
     def _keep_time(self, now_ns: int, *, force: bool) -> None:
         """Closes windows and makes use durable when it is due."""
         if now_ns >= self._window_due_ns:
             self._window_due_ns = now_ns + self._window_ns
-            for feature in self._features.values():
-                self._close_windows(feature, now_ns)
+            self._ledger.close_windows(self._time(now_ns))
         if force or now_ns >= self._checkpoint_due_ns:
-            self._checkpoint(now_ns)
+            self._checkpoint_due_ns = now_ns + self._checkpoint_ns
+            if self._had_windows or not self._ledger.is_empty:
+                self._checkpoint(now_ns)
 
-    def _checkpoint(self, now_ns: int) -> None:
+    def _checkpoint(self, now_ns: int) -> int:
+        """Makes all use durable; returns the command's number."""
         self._checkpoint_due_ns = now_ns + self._checkpoint_ns
-        metering = any(f.sessions for f in self._features.values())
-        if not (metering or self._unsaved or self._recovered or self._had_windows):
-            return
-        windows = tuple(self._open_windows(now_ns))
+        now = self._time(now_ns)
+        windows = self._ledger.open_windows(now_ns=now_ns, now=now)
         self._had_windows = bool(windows)
-        command = ev.StoreUsage(
-            self._next_number(), tuple(self._unsaved), windows, dict(self._used), self._time(now_ns).unix_ms
-        )
-        self._unsaved.clear()
+        records = tuple(self._ledger.unsaved)
+        self._ledger.unsaved.clear()
+        command = ev.StoreUsage(self._next_number(), records, windows, dict(self._ledger.used), now.unix_ms)
         self._waiting[command.number] = command
         self._out.append(command)
-
-    def _open_windows(self, now_ns: int) -> list[OpenWindow]:
-        now = self._time(now_ns)
-        windows = list(self._recovered)
-        for feature in self._features.values():
-            for session in feature.sessions:
-                totals = session.meter.totals_now().items()
-                windows.append(
-                    OpenWindow(
-                        feature_id=feature.spec.feature_id,
-                        meter_id=session.meter.spec.meter_id,
-                        entitlement_id=session.entitlement.entitlement_id,
-                        account=session.entitlement.account,
-                        trace_id=session.trace_id,
-                        kind=session.meter.spec.kind,
-                        start_ms=session.start_ms,
-                        mark_ns=session.meter.mark_ns,
-                        mark_ms=now.unix_ms - max(0, now_ns - session.meter.mark_ns) // _NS_PER_MS,
-                        odometer_m=session.meter.odometer_m,
-                        totals=tuple((k, t.value, t.gap, t.reason) for k, t in totals),
-                    )
-                )
-        return windows
+        return command.number
 
     # --- cloud -----------------------------------------------------------------------
 
@@ -889,11 +698,11 @@ class Engine:
             ],
             "usage": [
                 {"entitlement": entitlement, "meter": meter, "closed": value}
-                for (entitlement, meter), value in sorted(self._used.items())
+                for (entitlement, meter), value in sorted(self._ledger.used.items())
             ],
             "journal": {
-                "id": self._head.journal_id,
-                "records": self._head.seq,
+                "id": self._ledger.head.journal_id,
+                "records": self._ledger.head.seq,
                 "stored": self._upload.stored_seq,
                 "receipts_to": self._upload.acked_seq,
             },
@@ -915,18 +724,6 @@ class Engine:
 
     def _say(self, level: str, message: str, **fields: object) -> None:
         self._out.append(ev.Say(level, message, fields))
-
-
-def check_conditions(rights: Rights) -> None:
-    """Compiles every condition of an update once, before it is taken.
-
-    Raises:
-        ConditionError: one does not compile.
-    """
-    for spec in rights.features.values():
-        _compile(spec)
-        for meter in spec.meters:
-            Meter(meter, {})
 
 
 def _compile(spec: FeatureSpec) -> tuple[Condition, Condition]:
@@ -965,9 +762,3 @@ def _parse_read_back(spec: FeatureSpec, answer: bytes) -> _EcuView | None:
             return None
         counter = int.from_bytes(piece, "big")
     return _EcuView(on=masked == read_back.active, counter=counter)
-
-
-def _session_trace(entitlement: Entitlement, head: Head, meter_id: str, now_ns: int) -> str:
-    """Trace-id of a metering session: 32 hex digits, the same in a replay of the same life."""
-    text = f"{entitlement.entitlement_id}/{head.journal_id}/{head.seq}/{meter_id}/{now_ns}"
-    return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -1,0 +1,365 @@
+"""The books of all meters: sessions at work, windows that close, records in a chain.
+
+Pure. A session is one meter at work under one right. A window is a stretch of a
+session; closed, it becomes a record. Windows that are open are handed out at
+every checkpoint, so that after a crash what was confirmed becomes a record at
+once, and the time since then stays open as a declared gap until the feature is
+seen again. A feature is armed before its ECU is asked to switch it on: should
+the agent die before the answer, that time is declared as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from agent.features.conditions import Condition
+from agent.metering.meter import Meter, OpenWindow, Total
+from agent.metering.record import GENESIS_HASH, Head, Record, Use, append
+from agent.model import Entitlement, FeatureSpec, MeterKind, MeterSpec, SignalBatch, SignalInfo, TrustedTime
+from agent.signals.state import SignalState
+
+_NS_PER_MS = 1_000_000
+
+Say = Callable[..., None]
+"""Takes (level, message, **fields): how the ledger says what it books."""
+
+
+@dataclass(slots=True)
+class _Session:
+    """One meter at work under one right; `start_ms` is when its window began."""
+
+    meter: Meter
+    entitlement: Entitlement
+    trace_id: str
+    start_ms: int
+
+
+class Ledger:
+    """All usage of this vehicle, from sessions to records."""
+
+    def __init__(self, source: str, infos: Mapping[str, SignalInfo], say: Say) -> None:
+        """Starts with an empty journal; `restore` takes over the stored one.
+
+        Args:
+            source: the vehicle's pseudonym in records.
+            infos: signals that the buses can give.
+        """
+        self._source = source
+        self._infos = infos
+        self._say = say
+        self.head = Head("", 0, GENESIS_HASH)
+        self.used: dict[tuple[str, str], int] = {}
+        """Amounts closed under each (entitlement, meter), ms or m."""
+        self.unsaved: list[Record] = []
+        """Records that no command to store them has carried yet."""
+        self._sessions: dict[str, list[_Session]] = {}
+        self._armed: dict[str, list[OpenWindow]] = {}
+        self._recovered: list[OpenWindow] = []
+        self._same_boot = False
+
+    # --- start ---------------------------------------------------------------
+
+    def restore(
+        self,
+        head: Head,
+        used: Mapping[tuple[str, str], int],
+        windows: tuple[OpenWindow, ...],
+        *,
+        same_boot: bool,
+        now: TrustedTime,
+    ) -> None:
+        """Takes over a stored journal; what was confirmed in open windows becomes records."""
+        self.head, self.used, self._same_boot = head, dict(used), same_boot
+        for window in windows:
+            for dimensions, value, gap, reason in window.totals:
+                total = Total(value, gap, reason)
+                end_ms = max(window.start_ms, window.mark_ms)
+                self._book(window, dimensions, total, end_ms, signed=now.source == "signed")
+            self._recovered.append(replace(window, start_ms=window.mark_ms, totals=()))
+
+    @property
+    def is_empty(self) -> bool:
+        """True if there is nothing to make durable."""
+        return not (self._sessions or self._armed or self._recovered or self.unsaved)
+
+    # --- sessions --------------------------------------------------------------
+
+    def is_metering(self, feature_id: str) -> bool:
+        """Whether sessions of a feature are at work."""
+        return feature_id in self._sessions
+
+    def arm(
+        self,
+        spec: FeatureSpec,
+        entitlement: Entitlement,
+        odometer_m: int | None,
+        *,
+        now_ns: int,
+        now: TrustedTime,
+    ) -> None:
+        """Notes that a feature may be on from now, though nobody has seen it yet."""
+        self._armed[spec.feature_id] = [
+            _window(spec.feature_id, meter, entitlement, odometer_m, now_ns=now_ns, now=now)
+            for meter in spec.meters
+        ]
+
+    def disarm(self, feature_id: str) -> None:
+        """The ECU was seen: it is off, or sessions have begun."""
+        self._armed.pop(feature_id, None)
+
+    def start(
+        self,
+        spec: FeatureSpec,
+        entitlement: Entitlement,
+        signals: SignalState,
+        *,
+        unsure_ns: int,
+        now_ns: int,
+        now: TrustedTime,
+    ) -> None:
+        """Begins to meter a feature that is seen on; goes on if it is metered already.
+
+        Args:
+            unsure_ns: how long before now it may have been on.
+        """
+        running = self._sessions.get(spec.feature_id)
+        if running and running[0].entitlement.entitlement_id == entitlement.entitlement_id:
+            return
+        self.stop(spec.feature_id, now_ns=now_ns, now=now)
+        self.disarm(spec.feature_id)
+        sessions = []
+        for meter_spec in spec.meters:
+            meter = Meter(meter_spec, self._infos)
+            wanted = (*meter.inputs, *([meter_spec.speed] if meter_spec.speed else []))
+            values = {name: signals.value(name, now_ns) for name in wanted}
+            meter.open(now_ns, values, signals.seen_ns, unsure_ns=unsure_ns)
+            session = _Session(
+                meter, entitlement, self._trace_id(entitlement, meter_spec, now_ns), now.unix_ms
+            )
+            sessions.append(session)
+            self._say(
+                "info",
+                "metering has begun",
+                feature=spec.feature_id,
+                meter=meter_spec.meter_id,
+                entitlement=entitlement.entitlement_id,
+                trace_id=session.trace_id,
+                grant_trace_id=entitlement.trace_id,
+            )
+        self._sessions[spec.feature_id] = sessions
+
+    def observe(self, batch: SignalBatch, now_ns: int) -> None:
+        """Gives every session what the bus brought."""
+        for sessions in self._sessions.values():
+            for session in sessions:
+                session.meter.observe(batch, now_ns)
+
+    def stop(self, feature_id: str, *, now_ns: int, now: TrustedTime) -> None:
+        """Ends the sessions of a feature and closes their windows."""
+        for session in self._sessions.get(feature_id, ()):
+            session.meter.close(now_ns)
+        self._close(feature_id, now)
+        self._sessions.pop(feature_id, None)
+
+    def close_windows(self, now: TrustedTime) -> None:
+        """Turns what the sessions counted so far into records; they go on."""
+        for feature_id in self._sessions:
+            self._close(feature_id, now)
+
+    def used_now(self, entitlement_id: str, meter_id: str) -> int:
+        """Amount used under a right, open windows included, ms or m."""
+        used = self.used.get((entitlement_id, meter_id), 0)
+        for sessions in self._sessions.values():
+            for session in sessions:
+                same = session.entitlement.entitlement_id == entitlement_id
+                if same and session.meter.spec.meter_id == meter_id:
+                    used += sum(t.value for t in session.meter.totals_now().values())
+        return used
+
+    # --- crashes -----------------------------------------------------------------
+
+    def open_windows(self, *, now_ns: int, now: TrustedTime) -> tuple[OpenWindow, ...]:
+        """What a crash from now on must not lose."""
+        windows = list(self._recovered)
+        for armed in self._armed.values():
+            windows += armed
+        for feature_id, sessions in self._sessions.items():
+            for session in sessions:
+                meter = session.meter
+                unsettled_ms = max(0, now_ns - meter.mark_ns) // _NS_PER_MS
+                window = self._window_of(feature_id, session)
+                windows.append(
+                    replace(
+                        window,
+                        mark_ms=now.unix_ms - unsettled_ms,
+                        totals=tuple(
+                            (key, t.value, t.gap, t.reason) for key, t in meter.totals_now().items()
+                        ),
+                    )
+                )
+        return tuple(windows)
+
+    def resolve(
+        self, is_seen: Callable[[str], bool], odometer_m: int | None, *, now_ns: int, now: TrustedTime
+    ) -> bool:
+        """Declares time in which the agent did not run, once its end is known.
+
+        The end is the moment at which the feature is metered again or its ECU
+        reports it off; a distance also needs the odometer.
+
+        Args:
+            is_seen: whether a feature is known to be on or off now.
+
+        Returns:
+            True if something was declared.
+        """
+        waiting: list[OpenWindow] = []
+        for window in self._recovered:
+            distance = window.kind is MeterKind.DISTANCE
+            unread = distance and odometer_m is None and window.odometer_m is not None
+            if unread or not is_seen(window.feature_id):
+                waiting.append(window)
+            else:
+                self._declare_down(window, odometer_m, now_ns=now_ns, now=now)
+        declared = len(waiting) < len(self._recovered)
+        self._recovered = waiting
+        return declared
+
+    def _declare_down(
+        self, window: OpenWindow, odometer_m: int | None, *, now_ns: int, now: TrustedTime
+    ) -> None:
+        total = Total(reason="AGENT_DOWN")
+        if window.kind is MeterKind.DISTANCE:
+            before_m = window.odometer_m
+            if odometer_m is None or before_m is None or odometer_m < before_m:
+                total.unbounded = True
+            else:
+                total.gap = odometer_m - before_m + self._odometer_step_m()
+        elif self._same_boot:
+            total.gap = -(-(now_ns - window.mark_ns) // _NS_PER_MS)
+        else:
+            # Only Unix time bridges a restart of the machine, and only a signed one bounds it.
+            total.gap = max(0, now.unix_ms - window.mark_ms)
+            total.unbounded = now.source != "signed"
+            if not total.unbounded:
+                total.gap += now.uncertainty_ms
+        end_ms = max(window.mark_ms, now.unix_ms)
+        self._book(window, (), total, end_ms, signed=now.source == "signed")
+
+    def _odometer_step_m(self) -> int:
+        info = self._infos.get("Vehicle.TraveledDistance")
+        return max(1, round(info.resolution * 1000)) if info else 1
+
+    # --- records -------------------------------------------------------------------
+
+    def _close(self, feature_id: str, now: TrustedTime) -> None:
+        for session in self._sessions.get(feature_id, ()):
+            end_ms = max(session.start_ms, now.unix_ms)
+            window = self._window_of(feature_id, session)
+            for dimensions, total in session.meter.take().items():
+                self._book(window, dimensions, total, end_ms, signed=now.source == "signed")
+            session.start_ms = end_ms
+
+    @staticmethod
+    def _window_of(feature_id: str, session: _Session) -> OpenWindow:
+        """The open window of a session, without its totals."""
+        meter = session.meter
+        return OpenWindow(
+            feature_id=feature_id,
+            meter_id=meter.spec.meter_id,
+            entitlement_id=session.entitlement.entitlement_id,
+            account=session.entitlement.account,
+            trace_id=session.trace_id,
+            kind=meter.spec.kind,
+            start_ms=session.start_ms,
+            mark_ns=meter.mark_ns,
+            mark_ms=session.start_ms,
+            odometer_m=meter.odometer_m,
+        )
+
+    def _book(
+        self,
+        window: OpenWindow,
+        dimensions: tuple[tuple[str, str], ...],
+        total: Total,
+        end_ms: int,
+        *,
+        signed: bool,
+    ) -> None:
+        """Makes the next record of the chain."""
+        use = Use(
+            feature_id=window.feature_id,
+            meter_id=window.meter_id,
+            kind=window.kind,
+            entitlement_id=window.entitlement_id,
+            account=window.account,
+            trace_id=window.trace_id,
+            dimensions=dimensions,
+            value=total.value,
+            gap=total.gap,
+            gap_reason=total.reason,
+            start_ms=window.start_ms,
+            end_ms=end_ms,
+            signed_clock=signed,
+            gap_unbounded=total.unbounded,
+        )
+        self.head, record = append(self.head, self._source, use)
+        self.unsaved.append(record)
+        key = (use.entitlement_id, use.meter_id)
+        self.used[key] = self.used.get(key, 0) + use.value
+        self._say(
+            "info",
+            "usage window is closed",
+            feature=use.feature_id,
+            meter=use.meter_id,
+            value=use.value,
+            gap=use.gap,
+            gap_reason=use.gap_reason,
+            seq=record.seq,
+            trace_id=use.trace_id,
+        )
+
+    def _trace_id(self, entitlement: Entitlement, meter: MeterSpec, now_ns: int) -> str:
+        """32 hex digits, the same in a replay of the same life."""
+        text = (
+            f"{entitlement.entitlement_id}/{self.head.journal_id}/{self.head.seq}/{meter.meter_id}/{now_ns}"
+        )
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def check_conditions(spec: FeatureSpec) -> None:
+    """Compiles every condition of a feature and its meters once.
+
+    Raises:
+        ConditionError: one does not compile.
+    """
+    for condition in (spec.activate_when, spec.release_when):
+        Condition.compile(condition)
+    for meter in spec.meters:
+        Meter(meter, {})
+
+
+def _window(
+    feature_id: str,
+    meter: MeterSpec,
+    entitlement: Entitlement,
+    odometer_m: int | None,
+    *,
+    now_ns: int,
+    now: TrustedTime,
+) -> OpenWindow:
+    """A window that begins now, without any use."""
+    return OpenWindow(
+        feature_id=feature_id,
+        meter_id=meter.meter_id,
+        entitlement_id=entitlement.entitlement_id,
+        account=entitlement.account,
+        trace_id=entitlement.trace_id,
+        kind=meter.kind,
+        start_ms=now.unix_ms,
+        mark_ns=now_ns,
+        mark_ms=now.unix_ms,
+        odometer_m=odometer_m,
+    )
