@@ -91,6 +91,7 @@ class _Stream:
         nonce: offered by the vehicle and not answered yet.
         due: the vehicle is to get an update as soon as there is a nonce.
         signed_ms: time that was last signed to it.
+        retried_ms: when an update was last sent again because its answer crossed a nonce.
     """
 
     device: identity.Device
@@ -101,6 +102,7 @@ class _Stream:
     nonce: bytes | None = None
     due: bool = False
     signed_ms: int = 0
+    retried_ms: int = 0
     director: Versions = Versions()
     catalogue: Versions = Versions()
 
@@ -260,6 +262,9 @@ class VehicleService(vehicle_service_pb2_grpc.VehicleServiceServicer):
         content = result.SerializeToString(deterministic=True)
         await self._store.run(lambda tx: tx.set_last_update(stream.vin, content))
         self._changes.notify(Topic.STATUS, stream.vin)
+        if result.error_type == "ReplayError" and self._now_ms() - stream.retried_ms > SIGNED_TIME_MAX_AGE_MS:
+            # A fresh nonce may have crossed the answer to the one before it: once more with that one.
+            stream.due, stream.retried_ms = True, self._now_ms()
         if result.error_type:
             _log.warning(
                 "the vehicle refused an update", vin=stream.vin, error=result.error_type, reason=result.error

@@ -4,6 +4,10 @@ The libraries' own logic and codecs are driven by the agent's loop, so that
 every request and every frame passes the guard. A job is a list of requests;
 the first one that fails ends it. While another tester is heard on the bus,
 jobs wait: two testers on one ECU spoil each other's sessions.
+
+An answer counts only if it echoes what its request named (sub-function, DID or
+routine) and comes after the request's last frame: a late or foreign answer must
+not pass for ours.
 """
 
 from __future__ import annotations
@@ -13,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import isotp
-from udsoncan import Response
 from udsoncan.ResponseCode import ResponseCode
 
 from agent.errors import (
@@ -23,20 +26,27 @@ from agent.errors import (
     VehicleError,
 )
 from agent.events import EcuDone, RunEcu
-from agent.features.guard import Guard
+from agent.features.guard import MAX_STANDARD_ID, Guard
 from agent.model import EcuSpec, Frame
 from common import log
 
 P2_NS = 1_000_000_000
-"""Longest wait for an answer: P2 with room for a slow gateway (ISO 14229-2, 7.2)."""
+"""Longest wait for an answer: P2 with room for a slow gateway (ISO 14229-2, 7.2); from the last frame sent."""
 P2_STAR_NS = 5_000_000_000
 """Longest wait after "response pending" (0x78)."""
 MAX_PENDING = 10
 """How often an ECU may say "response pending" to one request."""
+ANSWER_NS = 10_000_000_000
+"""Longest time for the frames of one answer: 73 at the longest separation of 127 ms (ISO 15765-2:2016, 9.6.5.4)."""
+MAX_ANSWER_BYTES = 512
+"""Longest answer that is taken."""
 FOREIGN_TESTER_NS = 3_000_000_000
 """How long jobs wait after another tester was heard."""
 FUNCTIONAL_ID = 0x7DF
 """Identifier of functional requests (ISO 15765-4, 11 bits)."""
+_FLOW_CONTROL = 3
+_ECHOED_BYTES = {0x10: 1, 0x22: 2, 0x2E: 2, 0x31: 3}
+"""Bytes after the SID that a positive response repeats (ISO 14229-1:2020, 10.2, 11.2, 12.7, 14.2)."""
 _NEGATIVE = 0x7F
 _POSITIVE_OFFSET = 0x40
 
@@ -56,6 +66,7 @@ class _Ecu:
     answer: bytes = b""
     deadline_ns: int = 0
     pending: int = 0
+    is_answering: bool = False
     trouble: Exception | None = None
 
 
@@ -93,20 +104,30 @@ class UdsClient:
         key = (job.ecu.bus, job.ecu.request_id)
         ecu = self._ecus.get(key)
         if ecu is None or ecu.spec != job.ecu:
-            ecu = self._ecus[key] = self._connect(job.ecu)
+            if ecu is not None:
+                self._drop(ecu)
+            try:
+                ecu = self._connect(job.ecu)
+            except ValueError as error:
+                problem = VehicleError(f"{job.ecu.identifier}: its CAN identifiers cannot be used: {error}")
+                self._done(EcuDone(job.feature_id, b"", problem))
+                return
+            self._ecus[key] = ecu
             self._answers[(job.ecu.bus, job.ecu.response_id)] = ecu
         ecu.jobs.append(job)
         self.poll()
 
     def on_frame(self, frame: Frame) -> None:
         """Takes a frame from a bus; those of no interest are ignored."""
+        if frame.is_extended != (frame.can_id > MAX_STANDARD_ID):
+            return
         ecu = self._answers.get((frame.bus, frame.can_id))
         if ecu is not None and ecu.job is not None:
             ecu.received.append(
                 isotp.CanMessage(frame.can_id, data=frame.data, extended_id=frame.is_extended)
             )
             self.poll()
-        elif frame.can_id == FUNCTIONAL_ID or (frame.bus, frame.can_id) in self._ecus:
+        elif frame.can_id == FUNCTIONAL_ID or self._guard.is_request_id(frame.bus, frame.can_id):
             now_ns = self._monotonic_ns()
             if now_ns >= self._foreign_until_ns:
                 _log.info("another tester speaks; ECU jobs wait", can_id=f"0x{frame.can_id:X}", bus=frame.bus)
@@ -117,9 +138,20 @@ class UdsClient:
         for ecu in list(self._ecus.values()):
             self._poll(ecu)
 
+    def _drop(self, ecu: _Ecu) -> None:
+        """Forgets an ECU whose catalogue entry has changed; each of its jobs still gets an outcome."""
+        del self._ecus[(ecu.spec.bus, ecu.spec.request_id)]
+        self._answers.pop((ecu.spec.bus, ecu.spec.response_id), None)
+        changed = f"{ecu.spec.identifier}: its catalogue entry has changed; its jobs are given up"
+        waiting = list(ecu.jobs)
+        ecu.jobs.clear()
+        self._end(ecu, VehicleError(changed))
+        for job in waiting:
+            self._done(EcuDone(job.feature_id, b"", VehicleError(changed)))
+
     def _connect(self, spec: EcuSpec) -> _Ecu:
         mode = isotp.AddressingMode.Normal_11bits
-        if spec.request_id > 0x7FF:  # noqa: PLR2004 (highest 11-bit identifier)
+        if spec.request_id > MAX_STANDARD_ID:
             mode = isotp.AddressingMode.Normal_29bits
         address = isotp.Address(mode, txid=spec.request_id, rxid=spec.response_id)
         received: deque[isotp.CanMessage] = deque()
@@ -134,6 +166,8 @@ class UdsClient:
             )
             self._guard.check_frame(frame, frame.monotonic_ns)
             self._send(frame)
+            if frame.data[0] >> 4 != _FLOW_CONTROL:
+                ecu.deadline_ns = frame.monotonic_ns + P2_NS
             trace_id = ecu.job.trace_id if ecu.job else ""
             _log.debug(
                 "frame sent",
@@ -150,7 +184,11 @@ class UdsClient:
             ecu.trouble = error
 
         layer = isotp.TransportLayerLogic(
-            receive, transmit, address, error_handler=trouble, params={"max_frame_size": 512}
+            receive,
+            transmit,
+            address,
+            error_handler=trouble,
+            params={"max_frame_size": MAX_ANSWER_BYTES},
         )
         ecu = _Ecu(spec, layer, received)
         return ecu
@@ -169,12 +207,16 @@ class UdsClient:
             except VehicleError as error:
                 self._end(ecu, error)
                 return
+            if ecu.layer.is_rx_active() and not ecu.is_answering:
+                ecu.is_answering = True
+                ecu.deadline_ns = now_ns + ANSWER_NS
             if ecu.trouble is not None:
                 self._end(ecu, UnexpectedResponseError(f"{ecu.spec.identifier}: {ecu.trouble}"))
             elif answer is not None:
                 self._take(ecu, bytes(answer), now_ns)
             elif now_ns >= ecu.deadline_ns:
-                wait_ms = (P2_STAR_NS if ecu.pending else P2_NS) // 1_000_000
+                wait_ns = ANSWER_NS if ecu.is_answering else P2_STAR_NS if ecu.pending else P2_NS
+                wait_ms = wait_ns // 1_000_000
                 self._end(ecu, EcuSilentError(f"{ecu.spec.identifier} did not answer within {wait_ms} ms"))
             else:
                 return
@@ -184,7 +226,7 @@ class UdsClient:
         request = ecu.job.requests[ecu.index]
         ecu.layer.reset()
         ecu.received.clear()
-        ecu.pending, ecu.trouble = 0, None
+        ecu.pending, ecu.is_answering, ecu.trouble = 0, False, None
         ecu.deadline_ns = now_ns + P2_NS
         try:
             self._guard.approve(ecu.spec, request)
@@ -204,25 +246,26 @@ class UdsClient:
     def _take(self, ecu: _Ecu, answer: bytes, now_ns: int) -> None:
         assert ecu.job is not None
         request = ecu.job.requests[ecu.index]
-        if answer[:1] == bytes([_NEGATIVE]) and len(answer) >= 3:  # noqa: PLR2004 (7F SID NRC)
+        if answer[:2] == bytes([_NEGATIVE, request[0]]) and len(answer) >= 3:  # noqa: PLR2004 (7F SID NRC)
             nrc = answer[2]
             if nrc == ResponseCode.RequestCorrectlyReceived_ResponsePending and ecu.pending < MAX_PENDING:
                 ecu.pending += 1
+                ecu.is_answering = False
                 ecu.deadline_ns = now_ns + P2_STAR_NS
                 return
             name = ResponseCode.get_name(nrc)
             self._end(ecu, NegativeResponseError(ecu.spec.identifier, service=answer[1], nrc=nrc, name=name))
             return
-        response = Response.from_payload(answer)
-        expected = request[0] + _POSITIVE_OFFSET
-        if not response.valid or answer[0] != expected:
-            found = answer[:8].hex(" ") or "nothing"
-            self._end(
-                ecu,
-                UnexpectedResponseError(
-                    f"{ecu.spec.identifier} answered {found}, expected a response 0x{expected:02X}"
-                ),
-            )
+        echo = request[1 : 1 + _ECHOED_BYTES.get(request[0], 0)]
+        expected = bytes([request[0] + _POSITIVE_OFFSET]) + echo
+        problem = ""
+        if not answer.startswith(expected):
+            problem = f"expected a response {expected.hex(' ')}"
+        elif ecu.layer.transmitting():
+            problem = "before it had the whole request"
+        if problem:
+            found = answer[:8].hex(" ")
+            self._end(ecu, UnexpectedResponseError(f"{ecu.spec.identifier} answered {found}, {problem}"))
             return
         self._guard.close(ecu.spec)
         ecu.answer = answer

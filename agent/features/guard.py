@@ -25,8 +25,11 @@ MAX_REQUEST_BYTES = 512
 
 MAX_STANDARD_ID = 0x7FF
 """Highest 11-bit identifier."""
+MAX_FRAME_BYTES = 8
+"""Data of a classic CAN frame; CAN FD is never sent."""
 
 _FLOW_CONTROL = 3
+_MAX_FLOW_STATUS = 2
 _SESSION_CONTROL = 0x10
 _DEFAULT_SESSION = 0x01
 _READ = 0x22
@@ -47,6 +50,7 @@ class _Allowed:
 class _Open:
     """The request that is being sent to one ECU."""
 
+    ecu: EcuSpec
     payload: bytes
     sent: int = 0
     next_sequence: int = 1
@@ -63,12 +67,13 @@ class Guard:
         """
         self._listen_only = listen_only
         self._paused: str = ""
-        self._ecus: dict[tuple[str, int], tuple[EcuSpec, _Allowed]] = {}
+        self._ecus: dict[EcuSpec, _Allowed] = {}
+        self._request_ids: frozenset[tuple[str, int]] = frozenset()
         self._open: dict[tuple[str, int], _Open] = {}
         self._sent_ns: deque[int] = deque(maxlen=MAX_FRAMES_PER_S)
 
     def allow(self, rights: Rights, live: Iterable[str]) -> None:
-        """Replaces the allow-list.
+        """Replaces the allow-list; an open request that it no longer holds sends no further piece.
 
         Args:
             rights: the verified rights; their features may be read and released.
@@ -76,22 +81,28 @@ class Guard:
                 state 0 takes something away and may always be sent.
         """
         live = frozenset(live)
-        exact: dict[tuple[str, int], set[bytes]] = {}
-        tokens: dict[tuple[str, int], dict[tuple[bytes, str], str]] = {}
-        specs: dict[tuple[str, int], EcuSpec] = {}
+        exact: dict[EcuSpec, set[bytes]] = {}
+        tokens: dict[EcuSpec, dict[tuple[bytes, str], str]] = {}
         for feature in rights.features.values():
             if feature.ecu is None or feature.kind is ActuatorKind.NONE:
                 continue
-            key = (feature.ecu.bus, feature.ecu.request_id)
-            specs[key] = feature.ecu
-            exact.setdefault(key, set()).update(_exact_requests(feature))
+            exact.setdefault(feature.ecu, set()).update(_exact_requests(feature))
             token = rights.tokens.get(feature.feature_id)
             if token is not None and (not token.allows or feature.feature_id in live):
                 place = (feature.activate, token.sha256)
-                tokens.setdefault(key, {})[place] = feature.feature_id
-        self._ecus = {
-            key: (spec, _Allowed(frozenset(exact[key]), tokens.get(key, {}))) for key, spec in specs.items()
+                tokens.setdefault(feature.ecu, {})[place] = feature.feature_id
+        self._ecus = {ecu: _Allowed(frozenset(exact[ecu]), tokens.get(ecu, {})) for ecu in exact}
+        self._request_ids = frozenset((ecu.bus, ecu.request_id) for ecu in exact)
+        # What is out already can only be answered; the rest of a request must still be allowed.
+        self._open = {
+            key: request
+            for key, request in self._open.items()
+            if request.sent == len(request.payload) or self._allows(request.ecu, request.payload)
         }
+
+    def is_request_id(self, bus: str, can_id: int) -> bool:
+        """True if an ECU of the allow-list takes its requests there."""
+        return (bus, can_id) in self._request_ids
 
     def pause(self, reason: str) -> None:
         """Sends nothing until `resume`, for example while another tester speaks."""
@@ -110,8 +121,7 @@ class Guard:
         """
         self._refuse_if_silent()
         key = (ecu.bus, ecu.request_id)
-        found = self._ecus.get(key)
-        if found is None or found[0] != ecu:
+        if ecu not in self._ecus:
             raise GuardRefusal(f"no live catalogue entry names {ecu.identifier} at 0x{ecu.request_id:X}")
         if not 0 < len(payload) <= MAX_REQUEST_BYTES:
             raise GuardRefusal(
@@ -119,12 +129,12 @@ class Guard:
             )
         if key in self._open:
             raise GuardRefusal(f"a request to {ecu.identifier} is still open")
-        if payload not in found[1].exact and not _carries_token(payload, found[1]):
+        if not self._allows(ecu, payload):
             raise GuardRefusal(
                 f"request {payload[:8].hex(' ')}… to {ecu.identifier} is neither in the signed catalogue"
                 " nor does it carry the token of a live right"
             )
-        self._open[key] = _Open(payload)
+        self._open[key] = _Open(ecu, payload)
 
     def close(self, ecu: EcuSpec) -> None:
         """Ends the request that is open to an ECU; frames to it are refused again."""
@@ -147,6 +157,10 @@ class Guard:
         request = self._open.get((frame.bus, frame.can_id))
         if request is None or frame.is_extended != (frame.can_id > MAX_STANDARD_ID):
             raise GuardRefusal(f"frame 0x{frame.can_id:X} on {frame.bus}: no approved request is open for it")
+        if frame.is_fd or len(frame.data) > MAX_FRAME_BYTES:
+            raise GuardRefusal(
+                f"frame 0x{frame.can_id:X} on {frame.bus} is CAN FD; only classic frames are sent"
+            )
         full = len(self._sent_ns) == MAX_FRAMES_PER_S
         if full and now_ns - self._sent_ns[0] < _NS_PER_S:
             raise GuardRefusal(f"more than {MAX_FRAMES_PER_S} frames in a second")
@@ -156,6 +170,10 @@ class Guard:
                 " approved request"
             )
         self._sent_ns.append(now_ns)
+
+    def _allows(self, ecu: EcuSpec, payload: bytes) -> bool:
+        allowed = self._ecus.get(ecu)
+        return allowed is not None and (payload in allowed.exact or _carries_token(payload, allowed))
 
     def _refuse_if_silent(self) -> None:
         if self._listen_only:
@@ -204,7 +222,8 @@ def _take(request: _Open, data: bytes) -> bool:
     total, kind = len(request.payload), data[0] >> 4
     if kind == _FLOW_CONTROL:
         # Only after the whole request is out can there be an answer to control.
-        return request.sent == total and len(data) in (3, 8) and not any(data[3:])
+        has_form = len(data) in (3, 8) and data[0] & 0x0F <= _MAX_FLOW_STATUS and not any(data[3:])
+        return request.sent == total and has_form
     if request.sent == 0 and total <= 7:  # noqa: PLR2004 (payload of a single frame)
         piece, expected = data[1:], bytes([total])
         size = total

@@ -147,6 +147,7 @@ class Ledger:
                 entitlement=entitlement.entitlement_id,
                 trace_id=session.trace_id,
                 grant_trace_id=entitlement.trace_id,
+                frames_ns={name: signals.seen_ns[name] for name in meter.inputs if name in signals.seen_ns},
             )
         self._sessions[spec.feature_id] = sessions
 

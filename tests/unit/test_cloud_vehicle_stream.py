@@ -295,3 +295,24 @@ def test_status_reaches_the_operator(tmp_path: Path) -> None:
             vehicles = listed.vehicles
 
     play(tmp_path, story)
+
+
+def test_an_answer_that_crossed_a_nonce_is_sent_once_more_and_only_once(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        device = await world.device()
+        stream = world.connect(device)
+        first = await stream.hello()
+        crossed = pb.UpdateResult(error_type="ReplayError", error="no such nonce is waiting")
+        await stream.send(update_result=crossed)
+        await stream.offer()
+        again = await stream.update()
+        signed = [json.loads(u.director.timestamp)["signed"]["version"] for u in (first, again)]
+        assert signed[1] > signed[0]
+        # A vehicle that refuses everything does not make the cloud sign in a circle.
+        await stream.send(update_result=crossed)
+        await stream.offer()
+        await world.grant()
+        pushed = await stream.update()
+        assert pushed.director.targets, "the next answer is the grant, not another repetition"
+
+    play(tmp_path, story)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from support.engine_world import World, entitlement, with_quota
 
@@ -177,7 +179,7 @@ def test_an_ecu_that_refuses_is_tried_again_with_growing_pauses(world: World) ->
     world.run_ms(30_000)
     assert world.state() in {"FAULT", "PENDING", "ACTIVATING"}
     tries = [at for at, purpose in world.ecu_jobs if purpose == "activate"]
-    pauses = [b - a for a, b in zip(tries, tries[1:], strict=False)]
+    pauses = [b - a for a, b in itertools.pairwise(tries)]
     assert 3 <= len(tries) <= 6
     assert pauses == sorted(pauses)
     assert world.engine is not None
