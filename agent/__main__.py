@@ -26,8 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.configure(config.log.level, config.log.form)
     try:
         code: int = arguments.command(config, arguments)
-    except (AgentError, OSError) as error:
+    except AgentError as error:
         return fail(str(error))
+    except OSError as error:
+        return fail(f"{error.filename or arguments.config}: {error.strerror or error}")
     return code
 
 
@@ -142,7 +144,7 @@ def _stored_status(config: AgentConfig) -> dict[str, object]:
     status: dict[str, object] = {"vin": config.vehicle.vin, "source": known.source if known else ""}
     if not (directory / STORE_FILE).exists():
         return status
-    store = Store(directory / STORE_FILE, boot_id=SystemClock().boot_id(), journal_id="")
+    store = Store(directory / STORE_FILE, boot_id=SystemClock().boot_id(), journal_id=None)
     try:
         stored = store.load()
     finally:
@@ -174,9 +176,11 @@ def _stored_status(config: AgentConfig) -> dict[str, object]:
 
 
 def _print_status(status: dict[str, object]) -> None:
-    print(f"Vehicle {status['vin']}, in usage records {status['source'] or 'not enrolled'}")
+    who = f"reported as {status['source']}" if status["source"] else "not enrolled (fod-agent enroll)"
+    print(f"Vehicle {status['vin']}, {who}")
     if not status["running"]:
-        print(f"The agent is not running; this is what it has stored. ({status['not_running']})")
+        print(f"The agent is not running ({status['not_running']}).")
+        print("What follows is what it has stored." if "journal" in status else "It has stored nothing yet.")
     else:
         print(f"Cloud: {status['link']}; last signed answer {_when(status['last_contact_ms'])}")
     moment = status.get("time")
@@ -188,8 +192,8 @@ def _print_status(status: dict[str, object]) -> None:
     if status.get("last_refusal"):
         print(f"Last refused update: {status['last_refusal']}")
     features = status.get("features")
-    print()
     if isinstance(features, list) and features:
+        print()
         rows = [
             (
                 f["feature"],
@@ -201,8 +205,8 @@ def _print_status(status: dict[str, object]) -> None:
             for f in features
         ]
         print_table(("feature", "state", "why", "right", "grant to on"), rows)
-    else:
-        print("No features: no right has arrived yet.")
+    elif "journal" in status:
+        print("\nNo features: no right has arrived yet.")
     journal = status.get("journal")
     if isinstance(journal, dict):
         print(
@@ -262,6 +266,8 @@ def _check(config: AgentConfig, arguments: argparse.Namespace) -> int:
             check()
         except AgentError as error:
             problems.append(str(error))
+        except OSError as error:
+            problems.append(f"{error.filename}: {error.strerror}")
     try:
         known = identity.load(config.state.directory)
         report["source"] = known.source if known else None

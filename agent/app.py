@@ -171,6 +171,7 @@ class App:
             infos=self._collector.infos,
             checkpoint_ns=int(config.metering.checkpoint_s * 1e9),
             window_ns=int(config.metering.window_s * 1e9),
+            buses=tuple(bus.name for bus in config.buses),
         )
         self._booted = ev.Booted(
             verdict=verdict,

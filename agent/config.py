@@ -10,6 +10,7 @@ from common.config import option, read
 
 DEFAULT_PATH = Path("/etc/openfod/agent.toml")
 """Where a packaged agent looks for its configuration."""
+MAX_PORT = 65_535
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,17 @@ class VehicleConfig:
 class CloudConfig:
     """[cloud]: where the cloud is, and who may call itself that."""
 
-    endpoint: str = option(pattern=r"[^:/\s]+:\d{1,5}")
-    enrolment_endpoint: str = option(pattern=r"[^:/\s]+:\d{1,5}")
+    endpoint: str = option(pattern=r"[^:/\s]+:[0-9]{1,5}")
+    enrolment_endpoint: str = option(pattern=r"[^:/\s]+:[0-9]{1,5}")
     root_ca: Path = option(existing=True)
     server_name: str = option(default="", pattern=r"[^\s]*")
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Ports in range."""
+        for name in ("endpoint", "enrolment_endpoint"):
+            port = int(getattr(self, name).rpartition(":")[2])
+            if not 0 < port <= MAX_PORT:
+                yield name, f"expected a port of 1 to {MAX_PORT}, found {port}"
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ class BusConfig:
     bitrate: int | None = option(default=None, minimum=10_000, maximum=1_000_000)
     fd: bool = option(default=False)
     host: str | None = option(default=None)
-    port: int | None = option(default=None, minimum=1, maximum=65535)
+    port: int | None = option(default=None, minimum=1, maximum=MAX_PORT)
     speed: float | None = option(default=None, minimum=0)
     database: Path | None = option(default=None, existing=True)
     signals: Path | None = option(default=None, existing=True)

@@ -104,6 +104,7 @@ class Engine:
         infos: Mapping[str, SignalInfo],
         checkpoint_ns: int,
         window_ns: int,
+        buses: tuple[str, ...] = (),
     ) -> None:
         """Starts empty; the first event must be Booted.
 
@@ -113,6 +114,7 @@ class Engine:
             infos: signals that the buses can give.
             checkpoint_ns: longest time for which use is only in memory.
             window_ns: length of a usage window.
+            buses: names of the buses; none of them is up yet.
         """
         self._ledger = Ledger(source, infos, self._say)
         self._clock = clock
@@ -138,7 +140,7 @@ class Engine:
         self._nonces: list[tuple[bytes, int]] = []
         self._contact_ms = 0
         self._reported: tuple[ev.FeatureView, ...] | None = None
-        self._buses: dict[str, str] = {}
+        self._buses = dict.fromkeys(buses, "opening")
         self._last_refusal = ""
         self._now_ns = 0
 
@@ -150,7 +152,7 @@ class Engine:
         self._out = []
         self._take(event, now_ns)
         self._evaluate_all(now_ns)
-        if self._ledger.resolve(self._is_seen, self._odometer(now_ns), now_ns=now_ns, now=self._time(now_ns)):
+        if self._ledger.resolve(self._is_seen, self._signals, now_ns=now_ns, now=self._time(now_ns)):
             self._checkpoint_due_ns = now_ns
         self._keep_time(now_ns, force=isinstance(event, ev.Stopping))
         self._send(now_ns)
@@ -169,9 +171,13 @@ class Engine:
                 self._boot(event, now_ns)
             case ev.SignalsArrived(batch):
                 self._signals.apply(batch)
-                self._ledger.observe(batch, now_ns)
+                if self._ledger.observe(batch, now_ns):
+                    self._checkpoint_due_ns = now_ns
             case ev.BusChanged(bus, state, reason):
+                came_up = state == "up" and self._buses.get(bus) != "up"
                 self._buses[bus] = state
+                if came_up:
+                    self._retry_on(bus)
                 self._say("warning" if state == "lost" else "info", f"bus {bus} is {state}", reason=reason)
             case ev.NonceMade(nonce):
                 self._nonce_made(nonce, now_ns)
@@ -424,11 +430,11 @@ class Engine:
         if feature.busy:
             return None, why
         if feature.error is not None:
-            return Event.DENIED, why
+            return Event.DENIED, f"{why}; not confirmed now: {feature.error}"
         if feature.ecu is not None and not feature.ecu.on:
             return Event.OFF_SEEN, "the ECU reports it off"
         if now_ns < feature.retry_ns:
-            return None, why
+            return None, ""
         if _renewal_due(feature) and self._holds(feature.activate_when, now_ns) is True:
             return Event.RENEW, why
         if feature.spec.kind is not ActuatorKind.NONE and now_ns >= feature.read_back_ns:
@@ -517,7 +523,15 @@ class Engine:
     def _read_back(self, feature: _Feature, now_ns: int) -> None:
         if feature.busy or now_ns < feature.retry_ns or feature.spec.read_back is None:
             return
+        if feature.spec.ecu is not None and self._buses.get(feature.spec.ecu.bus, "up") != "up":
+            return
         self._out.append(self._run(feature, "read back", (read_back_request(feature.spec),)))
+
+    def _retry_on(self, bus: str) -> None:
+        """A bus is there again: what failed for the lack of it need not wait."""
+        for feature in self._features.values():
+            if feature.spec.ecu is not None and feature.spec.ecu.bus == bus:
+                feature.retry_ns = 0
 
     def _activate(self, feature: _Feature, now_ns: int) -> None:
         """Asks the ECU, once it is on disk that the feature may be on from now."""
@@ -540,7 +554,7 @@ class Engine:
             self._out.append(command)
             return
         self._ledger.arm(
-            feature.spec, feature.entitlement, self._odometer(now_ns), now_ns=now_ns, now=self._time(now_ns)
+            feature.spec, feature.entitlement, self._signals, now_ns=now_ns, now=self._time(now_ns)
         )
         self._after[self._checkpoint(now_ns)] = command
 

@@ -6,6 +6,8 @@ import json
 import sys
 from collections.abc import Sequence
 
+from common.log import printable
+
 EXIT_DONE = 0
 """Everything that was asked for was done."""
 EXIT_FAILED = 1
@@ -28,7 +30,7 @@ def print_event(event: str, **fields: object) -> None:
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Prints rows under headers, in columns as wide as they need."""
-    cells = [[str(c) for c in row] for row in rows]
+    cells = [[printable(str(c)) for c in row] for row in rows]
     widths = [max(len(h), *(len(r[i]) for r in cells)) if cells else len(h) for i, h in enumerate(headers)]
     for row in [list(headers), ["-" * w for w in widths], *cells]:
         print("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
@@ -37,5 +39,5 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
 def fail(message: str, *, code: int = EXIT_FAILED) -> int:
     """Prints why a command did not do its work, and returns the exit code."""
     for line in message.splitlines():
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {printable(line)}", file=sys.stderr)
     return code

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 import re
 import tomllib
 import types
@@ -21,6 +22,8 @@ T = TypeVar("T")
 
 MAX_FILE_BYTES = 1_048_576
 """Largest configuration file that is read."""
+MAX_SHOWN_CHARS = 80
+"""Longest piece of a found value that an error repeats."""
 
 
 class ConfigError(Exception):
@@ -53,7 +56,7 @@ def option(
 
     Args:
         default: value if the key is absent; without one the key is required.
-        existing: for a path: it must exist.
+        existing: for a path: a file must be there.
         minimum, maximum: inclusive range of a number.
         pattern: regular expression that a text must match as a whole.
         choices: the only texts allowed.
@@ -71,7 +74,8 @@ def read(path: Path, kind: type[T]) -> T:
         ConfigError: for all problems of the file together.
     """
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            raw = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from error
     return parse(raw, path, kind)
@@ -84,14 +88,19 @@ def parse(raw: bytes, path: Path, kind: type[T]) -> T:
         ConfigError: for all problems together.
     """
     if len(raw) > MAX_FILE_BYTES:
-        raise ConfigError([f"{path}: {len(raw)} bytes is more than the limit of {MAX_FILE_BYTES}"])
+        raise ConfigError([f"{path}: it has more than {MAX_FILE_BYTES} bytes, the limit"])
     try:
         text = raw.decode("utf-8")
         document = tomllib.loads(text)
     except UnicodeDecodeError as error:
         raise ConfigError([f"{path}: not UTF-8 at byte {error.start}"]) from error
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError([f"{path}: not TOML: {error}"]) from error
+    except (ValueError, RecursionError) as error:  # a number of too many digits is a plain ValueError
+        what, _, place = str(error).partition(" (at ")
+        digits = re.match(r"line (\d+)", place)
+        line = digits[1] if digits else raw.count(b"\n") + 1 if place else ""
+        raise ConfigError(
+            [f"{path}:{line}: not TOML: {what}" if line else f"{path}: not TOML: {what}"]
+        ) from error
     reader = _Reader(path, _lines(text))
     value = reader.table(document, kind, "")
     if reader.problems:
@@ -99,8 +108,11 @@ def parse(raw: bytes, path: Path, kind: type[T]) -> T:
     return typing.cast("T", value)
 
 
-_HEADER = re.compile(r"^\s*(\[\[?)\s*([^\[\]]+?)\s*\]\]?\s*(?:#.*)?$")
-_KEY = re.compile(r"""^\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"))*)\s*=""")
+_PART = r"""(?:[A-Za-z0-9_-]+|"(?:[^"\\]|\\.)*"|'[^']*')"""
+_NAME = rf"{_PART}(?:[ \t]*\.[ \t]*{_PART})*"
+_HEADER = re.compile(rf"[ \t]*(\[\[?)[ \t]*({_NAME})[ \t]*\]")
+_KEY = re.compile(rf"[ \t]*({_NAME})[ \t]*=")
+_LONG_TEXT = re.compile(r'"""[\s\S]*?"""' + r"|'''[\s\S]*?'''")
 
 
 def _lines(text: str) -> dict[str, int]:
@@ -109,32 +121,41 @@ def _lines(text: str) -> dict[str, int]:
     counts: dict[str, int] = {}
     prefix = ""
 
-    def resolve(name: str) -> str:
+    def resolve(parts: list[str]) -> str:
         """Puts the index of the latest element behind each array in the name."""
-        parts: list[str] = []
-        for part in (p.strip().strip("\"'") for p in name.split(".")):
-            parts.append(part)
-            joined = ".".join(parts)
-            if joined in counts:
-                parts[-1] = f"{part}[{counts[joined]}]"
-        return ".".join(parts)
+        name = ""
+        for part in parts:
+            name = _join(name, part)
+            if name in counts:
+                name = f"{name}[{counts[name]}]"
+        return name
 
-    for number, line in enumerate(text.splitlines(), start=1):
+    # What stands in a text of several lines is no key; its lines still count.
+    blank = _LONG_TEXT.sub(lambda match: "\n" * match[0].count("\n"), text)
+    for number, line in enumerate(blank.split("\n"), start=1):
         if header := _HEADER.match(line):
-            name = header.group(2)
-            if header.group(1) == "[[":
-                *parents, last = [p.strip() for p in name.split(".")]
-                parent = resolve(".".join(parents)) if parents else ""
-                base = f"{parent}.{last}" if parent else last
+            parts = _parts(header[2])
+            if header[1] == "[[":
+                base = _join(resolve(parts[:-1]), parts[-1])
                 counts[base] = counts.get(base, -1) + 1
                 prefix = f"{base}[{counts[base]}]"
             else:
-                prefix = resolve(name)
+                prefix = resolve(parts)
             found.setdefault(prefix, number)
         elif key := _KEY.match(line):
-            name = key.group(1).replace('"', "").replace(" ", "")
-            found.setdefault(f"{prefix}.{name}" if prefix else name, number)
+            name = prefix
+            for part in _parts(key[1]):
+                name = _join(name, part)
+                found.setdefault(name, number)
     return found
+
+
+def _parts(name: str) -> list[str]:
+    """The parts of a dotted name; a quoted one as TOML reads it."""
+    return [
+        next(iter(tomllib.loads(f"{part} = 0"))) if part[0] in "\"'" else part
+        for part in re.findall(_PART, name)
+    ]
 
 
 class _Reader:
@@ -143,10 +164,9 @@ class _Reader:
         self.problems: list[str] = []
 
     def problem(self, key: str, what: str) -> None:
-        line = self.lines.get(key)
-        parent = key
-        while line is None and "." in parent:
-            parent = parent.rpartition(".")[0]
+        line, parent = self.lines.get(key), key
+        while line is None and parent:
+            parent = parent[: max(parent.rfind("."), parent.rfind("["), 0)]
             line = self.lines.get(parent)
         place = f"{self.path}:{line}" if line else f"{self.path}"
         self.problems.append(f"{place}: {key}: {what}" if key else f"{place}: {what}")
@@ -195,7 +215,7 @@ class _Reader:
         if isinstance(hint, type) and issubclass(hint, enum.Enum):
             choices = [str(m.value) for m in hint]
             if found not in [m.value for m in hint]:
-                self.problem(key, f"expected one of {', '.join(choices)}; found {found!r}")
+                self.problem(key, f"expected one of {', '.join(choices)}; found {_shown(found)}")
                 return None
             return hint(found)
         return self.scalar(found, hint, key, rules)
@@ -209,8 +229,8 @@ class _Reader:
     def scalar(self, found: object, hint: Any, key: str, rules: _Rules) -> object:
         expected = str if hint is Path else hint
         if hint is float and type(found) is int:
-            found = float(found)
-        if type(found) is not expected:
+            found = float(found) if abs(found) < 2**1023 else math.inf
+        if type(found) is not expected or (isinstance(found, float) and not math.isfinite(found)):
             self.problem(key, f"expected {_name(hint)}, found {_describe(found)}")
             return None
         if isinstance(found, str):
@@ -221,18 +241,26 @@ class _Reader:
             if rules.maximum is not None and not found <= rules.maximum:
                 self.problem(key, f"expected at most {rules.maximum}, found {found}")
         if hint is Path:
-            path = Path(str(found)).expanduser()
-            path = path if path.is_absolute() else self.path.parent / path
-            if rules.existing and not path.exists():
-                self.problem(key, f"no such file: {path}")
-            return path
+            return self.file(str(found), key, rules)
         return found
+
+    def file(self, found: str, key: str, rules: _Rules) -> Path | None:
+        try:
+            path = self.path.parent / Path(found).expanduser()
+            if "\0" in found or (rules.existing and path.exists() and not path.is_file()):
+                self.problem(key, f"not a file: {_shown(str(path))}")
+            elif rules.existing and not path.exists():
+                self.problem(key, f"no such file: {_shown(str(path))}")
+        except (OSError, RuntimeError) as error:  # no permission, name too long, no such home
+            self.problem(key, f"{_shown(found)} cannot be used: {error}")
+            return None
+        return path
 
     def text(self, found: str, hint: Any, key: str, rules: _Rules) -> None:
         if rules.pattern is not None and not re.fullmatch(rules.pattern, found):
-            self.problem(key, f"expected text of the form {rules.pattern}, found {found!r}")
+            self.problem(key, f"expected text of the form {rules.pattern}, found {_shown(found)}")
         if rules.choices and found not in rules.choices:
-            self.problem(key, f"expected one of {', '.join(rules.choices)}; found {found!r}")
+            self.problem(key, f"expected one of {', '.join(rules.choices)}; found {_shown(found)}")
         if hint is Path and not found:
             self.problem(key, "expected a path, found an empty text")
 
@@ -252,5 +280,14 @@ def _describe(found: object) -> str:
     )
     for kind, name in kinds:
         if isinstance(found, kind):
-            return f"{name} ({found!r})" if kind in (bool, str) else name
-    return f"{found!r}"
+            return f"{name} ({_shown(found)})" if kind in (bool, str) else name
+    return _shown(found)
+
+
+def _shown(found: object) -> str:
+    """A found value, short enough for one line."""
+    try:
+        text = repr(found)
+    except ValueError:  # a whole number of too many digits (sys.set_int_max_str_digits)
+        return "a number of too many digits"
+    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}…"

@@ -1,13 +1,16 @@
 """Structured logging: a sentence for people, and fields for machines.
 
 Text goes to standard error as one line a record, in journald's habit of
-KEY=value fields, or as one JSON object a line. Never pass a secret as a field.
+KEY=value fields, or as one JSON object a line. Nothing that is logged can make
+a line of its own, or reach the terminal as a control code: what another side
+sent may be logged as it is. Never pass a secret as a field.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from datetime import UTC, datetime
 
@@ -72,11 +75,12 @@ class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         fields = getattr(record, _FIELDS, {})
         words = [f"{k}={_quote(v)}" for k, v in fields.items()]
-        line = " ".join(
-            [_time(record), f"{record.levelname:7}", f"{record.name}:", record.getMessage(), *words]
-        )
+        message = printable(record.getMessage())
+        line = " ".join([_time(record), f"{record.levelname:7}", f"{record.name}:", message, *words])
         if record.exc_info:
-            line += "\n" + self.formatException(record.exc_info)
+            # Indented, so that no line of it can pass for a record.
+            trace = self.formatException(record.exc_info).split("\n")
+            line += "".join(f"\n    {printable(part)}" for part in trace)
         return line
 
 
@@ -87,13 +91,28 @@ class _JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
-            **getattr(record, _FIELDS, {}),
         }
+        for name, value in getattr(record, _FIELDS, {}).items():
+            entry[f"{name}_" if name in entry else name] = _finite(value)
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return json.dumps(entry, default=str)
 
 
+def printable(text: str) -> str:
+    """`text` as one line without control codes: those are written as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def _quote(value: object) -> str:
     text = str(value)
-    return json.dumps(text) if not text or any(c in text for c in ' "=\n\t') else text
+    if text and text.isprintable() and not any(c in text for c in ' "='):
+        return text
+    return printable(json.dumps(text, ensure_ascii=False))
+
+
+def _finite(value: object) -> object:
+    """JSON has no word for a float that is not finite."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

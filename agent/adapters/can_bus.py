@@ -398,7 +398,7 @@ class CanBus:
             return
         with self._lock:
             self._state, self._reason = state, reason
-        log.info("bus state", bus=self.name, state=state.value, reason=reason)
+        log.debug("bus state", bus=self.name, state=state.value, reason=reason)
         self._on_state(self.name, state, reason)
 
 

@@ -3,13 +3,14 @@
 gRPC over mTLS; the server is checked against the CA that ships in the image,
 and there is no way around it. After a failure the next try waits for a random
 time below a bound that doubles (full jitter), from BACKOFF_FIRST_S up to
-BACKOFF_MOST_S.
+BACKOFF_MOST_S; it begins anew once the cloud has said something.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,6 +30,10 @@ BACKOFF_FIRST_S = 0.5
 BACKOFF_MOST_S = 60.0
 CONNECT_S = 10.0
 """Longest wait for a connection."""
+REASON_S = 1.0
+"""Longest wait for the reason why there is no connection."""
+MAX_REASON_CHARS = 500
+"""Longest text of the other side that is passed on."""
 MAX_MESSAGE_BYTES = 4_194_304
 """Largest message that is read: metadata of both repositories with room."""
 MAX_WAITING = 1_000
@@ -43,7 +48,19 @@ _OPTIONS = [
     ("grpc.http2.max_pings_without_data", 0),
     # The loop here decides when to try again.
     ("grpc.enable_retries", 0),
+    # Each try is a new one: no failure of the last is remembered.
+    ("grpc.use_local_subchannel_pool", 1),
 ]
+
+_WORDS = (
+    ("CERTIFICATE_VERIFY_FAILED", "its certificate is not from the CA in cloud.root_ca"),
+    ("Hostname Verification Check failed", "its certificate is for another name; see cloud.server_name"),
+    ("is not verified by", "its certificate is for another name; see cloud.server_name"),
+    ("WRONG_VERSION_NUMBER", "it does not speak TLS, and this agent speaks nothing else"),
+    ("Connection refused", "nothing listens there"),
+    ("Deadline Exceeded", "it did not answer in time"),
+)
+"""What gRPC says, and what it means here."""
 
 
 class Link:
@@ -74,9 +91,10 @@ class Link:
         self._post = post
         self._receipt = receipt
         self._stop = threading.Event()
-        self._out: queue.Queue[pb.ConnectRequest | None] | None = None
+        self._out: queue.SimpleQueue[pb.ConnectRequest | None] | None = None
         self._lock = threading.Lock()
         self._call: grpc.Call | None = None
+        self._states: queue.SimpleQueue[grpc.ChannelConnectivity | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="link", daemon=True)
 
     def start(self) -> None:
@@ -86,10 +104,12 @@ class Link:
     def stop(self) -> None:
         """Ends the stream and the thread."""
         self._stop.set()
+        self._states.put(None)
         with self._lock:
             if self._call is not None:
                 self._call.cancel()
-        self._thread.join(timeout=CONNECT_S + 1)
+        if self._thread.is_alive():
+            self._thread.join(timeout=CONNECT_S)
 
     def send(self, request: pb.ConnectRequest) -> None:
         """Sends on the open stream; dropped if there is none: the engine learns of LinkDown."""
@@ -97,27 +117,26 @@ class Link:
             out = self._out
             if out is None:
                 return
-            try:
-                out.put_nowait(request)
-            except queue.Full:
+            if out.qsize() < MAX_WAITING:
+                out.put(request)
+            elif self._call is not None:
                 _log.warning("the cloud does not read; giving the stream up", waiting=MAX_WAITING)
-                if self._call is not None:
-                    self._call.cancel()
+                self._call.cancel()
 
     def _run(self) -> None:
         bound_s = BACKOFF_FIRST_S
         while not self._stop.is_set():
             try:
-                self._connect_once()
-                bound_s = BACKOFF_FIRST_S
+                if self._connect_once():
+                    bound_s = BACKOFF_FIRST_S
             except TransportError as error:
                 self._post(LinkDown(str(error)))
             wait_s = self._random.uniform(0, bound_s)
             bound_s = min(2 * bound_s, BACKOFF_MOST_S)
             self._stop.wait(wait_s)
 
-    def _connect_once(self) -> None:
-        """Connects, and reads until the stream ends.
+    def _connect_once(self) -> bool:
+        """Connects, and reads until the stream ends; True if the cloud said anything.
 
         Raises:
             TransportError: there was no connection.
@@ -129,18 +148,19 @@ class Link:
         if self._server_name:
             options.append(("grpc.ssl_target_name_override", self._server_name))  # type: ignore[arg-type]
         with grpc.secure_channel(self._endpoint, credentials, options=options) as channel:
-            try:
-                grpc.channel_ready_future(channel).result(timeout=CONNECT_S)
-            except grpc.FutureTimeoutError as error:
-                raise TransportError(f"{self._endpoint}: no connection within {CONNECT_S:.0f} s") from error
-            out: queue.Queue[pb.ConnectRequest | None] = queue.Queue(MAX_WAITING)
+            if not self._is_ready(channel):
+                return False
+            out: queue.SimpleQueue[pb.ConnectRequest | None] = queue.SimpleQueue()
             call = rpc.VehicleServiceStub(channel).Connect(_drain(out))
             with self._lock:
                 self._out, self._call = out, call
+                if self._stop.is_set():  # since the check above: nobody else would end this call
+                    call.cancel()
             self._post(LinkUp())
-            reason = "the cloud ended the stream"
+            reason, was_heard = "the cloud ended the stream", False
             try:
                 for response in call:
+                    was_heard = True
                     self._take(response)
             except grpc.RpcError as error:
                 reason = _describe(error)
@@ -150,6 +170,30 @@ class Link:
                 out.put(None)
                 call.cancel()
             self._post(LinkDown(reason))
+            return was_heard
+
+    def _is_ready(self, channel: grpc.Channel) -> bool:
+        """Waits for the connection; False if the link is to stop.
+
+        Raises:
+            TransportError: there is none, and why.
+        """
+        states = self._states = queue.SimpleQueue()
+        if self._stop.is_set():
+            return False
+        channel.subscribe(states.put, try_to_connect=True)
+        end_s = time.monotonic() + CONNECT_S
+        while True:
+            try:
+                state = states.get(timeout=max(0.0, end_s - time.monotonic()))
+            except queue.Empty as error:
+                raise TransportError(f"{self._endpoint}: no connection within {CONNECT_S:.0f} s") from error
+            if state is None:
+                return False
+            if state is grpc.ChannelConnectivity.READY:
+                return True
+            if state in (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN):
+                raise TransportError(f"{self._endpoint}: {_why_not(channel)}")
 
     def _take(self, response: pb.ConnectResponse) -> None:
         match response.WhichOneof("payload"):
@@ -169,7 +213,17 @@ class Link:
                 _log.warning("the cloud sent a message of a kind that this agent does not know")
 
 
-def _drain(out: queue.Queue[pb.ConnectRequest | None]) -> Iterator[pb.ConnectRequest]:
+def _why_not(channel: grpc.Channel) -> str:
+    """Why a channel has failed; only a call on it is told."""
+    try:
+        for _ in rpc.VehicleServiceStub(channel).Connect(iter(()), timeout=REASON_S):
+            break
+    except grpc.RpcError as error:
+        return _describe(error)
+    return "the connection failed"
+
+
+def _drain(out: queue.SimpleQueue[pb.ConnectRequest | None]) -> Iterator[pb.ConnectRequest]:
     while (request := out.get()) is not None:
         yield request
 
@@ -178,7 +232,9 @@ def _describe(error: grpc.RpcError) -> str:
     code = getattr(error, "code", None)
     details = getattr(error, "details", None)
     name = code().name if callable(code) and code() is not None else type(error).__name__
-    return f"{name}: {details() if callable(details) else error}"
+    text = str(details() if callable(details) else error)[:MAX_REASON_CHARS]
+    words = next((f"{words} ({name}: {text})" for sign, words in _WORDS if sign in text), "")
+    return words or f"{name}: {text}"
 
 
 def enroll(endpoint: str, root_ca: bytes, server_name: str, request: pb.EnrollRequest) -> pb.EnrollResponse:

@@ -12,22 +12,51 @@ import json
 import os
 import socket
 import socketserver
+import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from typing import Any
 
 from agent.errors import TransportError
+from common import log
 
 MAX_SOCKET_PATH = 100
 """Longest path of a Unix socket that every system takes (108 less the end)."""
 ANSWER_S = 5.0
-"""Longest wait for an answer."""
+"""Longest wait for an answer, and for each piece of a request."""
+MAX_CLIENTS = 32
+"""Clients served at once; one more is turned away."""
+MAX_ANSWER_BYTES = 4_194_304
+"""Longest answer that `ask` reads."""
+
+_log = log.get(__name__)
 
 
 class _Server(socketserver.ThreadingUnixStreamServer):
     daemon_threads = True
     status: Callable[[], dict[str, object]]
+
+    def __init__(self, path: str, handler: type[BaseHTTPRequestHandler]) -> None:
+        self._places = threading.BoundedSemaphore(MAX_CLIENTS)
+        super().__init__(path, handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._places.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 (signature given)
+        # Mostly a client that went away before its answer.
+        _log.info("a local client was not answered", reason=repr(sys.exception()))
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -42,6 +71,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, self.server.status())
         except TimeoutError:
             self._answer(503, {"error": f"the agent did not answer within {ANSWER_S:.0f} s"})
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:  # noqa: ARG002
+        """Refuses what is not HTTP, or not GET, in the form of every other answer."""
+        self.close_connection = True
+        self._answer(code, {"error": message or http.client.responses.get(code, "refused")})
 
     def _answer(self, code: int, content: dict[str, object]) -> None:
         body = json.dumps(content, default=str).encode()
@@ -79,6 +113,8 @@ class LocalApi:
         self._path = path
         before = os.umask(0o177)
         try:
+            if path.exists() and not path.is_socket():
+                raise TransportError(f"{path} is not a socket and is left alone; set state.api_socket")
             path.unlink(missing_ok=True)
             self._server = _Server(str(path), _Handler)
         except OSError as error:
@@ -117,7 +153,7 @@ def ask(path: Path, resource: str) -> dict[str, object]:
     try:
         connection.request("GET", resource)
         response = connection.getresponse()
-        content = json.loads(response.read())
+        content = json.loads(response.read(MAX_ANSWER_BYTES))
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise TransportError(f"no agent answers at {path}: {error}") from error
     finally:

@@ -3,17 +3,23 @@
 Trusted metadata, floors, time mark and the usage journal share the file, so
 that each change is one transaction: the old or the new state, never neither.
 The trusted state is what was received, byte for byte; it is verified again at
-each start. A file of a newer schema is refused, not guessed at.
+each start. A file of a newer schema is refused, not guessed at. A file comes into
+being whole, so that an empty one is damage and not a first start. One agent at
+a time may hold it: two would write two continuations of one journal.
 """
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
+import os
 import sqlite3
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from agent.errors import JournalError
 from agent.events import StoreTrust, StoreUsage
@@ -41,6 +47,11 @@ CREATE TABLE used (
 CREATE TABLE receipt (through_seq INTEGER PRIMARY KEY, content BLOB NOT NULL, signature BLOB NOT NULL) STRICT;
 """
 
+_NEXT_STEP = (
+    "put a backup in its place, or move it and the -wal and -shm files beside it away and start again:"
+    " the cloud sends the rights anew, usage that was not sent is lost"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Stored:
@@ -67,53 +78,91 @@ class Stored:
 class Store:
     """The agent's durable state; used by one thread at a time."""
 
-    def __init__(self, path: Path, *, boot_id: str, journal_id: str) -> None:
-        """Opens or creates the file, mode 0600.
+    def __init__(self, path: Path, *, boot_id: str, journal_id: str | None) -> None:
+        """Opens the file, or creates it with mode 0600.
 
         Args:
             boot_id: identifier of the present boot.
-            journal_id: identifier of the journal, should a new one be made.
+            journal_id: identifier of the journal, should a new one be made;
+                None to look only: nothing is made, changed or locked.
 
         Raises:
-            JournalError: it cannot be opened, is damaged, or is of a newer schema.
+            JournalError: it cannot be opened, is damaged, is of a newer schema,
+                or another agent holds it.
         """
         self._boot_id = boot_id
         self.path = path
+        self._lock = -1
+        self._db: sqlite3.Connection | None = None
         try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            path.touch(mode=0o600)
-            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            problem = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
-            if problem != "ok":
-                raise JournalError(f"{path} is damaged: {problem}")
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        except (OSError, sqlite3.Error) as error:
-            raise JournalError(f"{path} cannot be opened: {error}") from error
+            self._open(journal_id)
+            self._journal_id = str(self._get("journal_id", ""))
+            if not self._journal_id:
+                raise JournalError(f"{path} is damaged: it names no journal; {_NEXT_STEP}")
+            if journal_id is not None:  # a damaged file was left as it was until here
+                self._read("PRAGMA journal_mode=WAL")
+                self._read("PRAGMA synchronous=FULL")
+        except (OSError, sqlite3.Error, ValueError) as error:
+            self.close()
+            reason = error.strerror if isinstance(error, OSError) else error
+            next_step = "" if isinstance(error, OSError) else f"; {_NEXT_STEP}"
+            raise JournalError(f"{path} cannot be opened: {reason}{next_step}") from error
+        except JournalError:
+            self.close()
+            raise
+
+    def _open(self, journal_id: str | None) -> None:
+        if journal_id is None:
+            self._connect(f"{self.path.absolute().as_uri()}?mode=ro")
+        else:
+            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._lock_file()
+            if not self.path.exists():
+                _create(self.path, journal_id)
+            self.path.chmod(0o600)
+            self._connect(f"{self.path.absolute().as_uri()}?mode=rw")
+        problem = self._read("PRAGMA quick_check(1)")[0][0]
+        if problem != "ok":
+            raise JournalError(f"{self.path} is damaged: {problem}; {_NEXT_STEP}")
+        version = self._read("PRAGMA user_version")[0][0]
         if version > SCHEMA_VERSION:
             raise JournalError(
-                f"{path} has schema {version}, this agent knows up to {SCHEMA_VERSION};"
+                f"{self.path} has schema {version}, this agent knows up to {SCHEMA_VERSION};"
                 " install the newer agent"
             )
-        if version == 0:
-            with self._transaction() as db:
-                for statement in _SCHEMA.split(";"):
-                    db.execute(statement)
-                self._put("journal_id", journal_id)
-                db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+        if version < 1:
+            raise JournalError(f"{self.path} is damaged: it is empty; {_NEXT_STEP}")
+
+    def _connect(self, uri: str) -> None:
+        self._db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=10)
+
+    def _lock_file(self) -> None:
+        """Takes the place of the one agent that may write; the system frees it when the process ends."""
+        lock = self.path.with_name(self.path.name + ".lock")
+        self._lock = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise JournalError(
+                f"{self.path} is in use: another agent runs on it; end that one first"
+            ) from error
 
     def close(self) -> None:
         """Closes the file."""
-        self._db.close()
+        if self._db is not None:
+            self._db.close()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
+        assert self._db is not None
         try:
             self._db.execute("BEGIN IMMEDIATE")
             yield self._db
             self._db.execute("COMMIT")
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OverflowError, TypeError, ValueError) as error:
             self._rollback()
             raise JournalError(f"{self.path} cannot be written: {error}") from error
         except BaseException:
@@ -121,22 +170,22 @@ class Store:
             raise
 
     def _rollback(self) -> None:
+        assert self._db is not None
         if self._db.in_transaction:
-            self._db.execute("ROLLBACK")
+            # A disk that fails here as well is named by the error that led here.
+            with suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
 
-    def _put(self, name: str, content: object) -> None:
-        self._db.execute(
-            "INSERT INTO value VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET content = excluded.content",
-            (name, json.dumps(content).encode()),
-        )
+    def _read(self, statement: str, values: tuple[object, ...] = ()) -> list[Any]:
+        assert self._db is not None
+        return self._db.execute(statement, values).fetchall()
 
     def _get(self, name: str, default: object) -> object:
-        row = self._db.execute("SELECT content FROM value WHERE name = ?", (name,)).fetchone()
-        return default if row is None else json.loads(row[0])
+        rows = self._read("SELECT content FROM value WHERE name = ?", (name,))
+        return json.loads(rows[0][0]) if rows else default
 
     def _number(self, name: str) -> int:
-        value = self._get(name, 0)
-        return value if isinstance(value, int) else 0
+        return _int(self._get(name, 0))
 
     # --- trust -----------------------------------------------------------------
 
@@ -164,24 +213,22 @@ class Store:
                 db.executemany(
                     "INSERT INTO target VALUES (?, ?, ?)", [(name, p, c) for p, c in targets.items()]
                 )
-            self._put("floors", _floors_to_json(floors))
-            self._put("as_of_ms", command.signed_ms)
-            self._put("contact_ms", command.mark_ms)
-            self._put("mark_ms", max(command.mark_ms, self._number("mark_ms")))
+            _put(db, "floors", _floors_to_json(floors))
+            _put(db, "as_of_ms", command.signed_ms)
+            _put(db, "contact_ms", command.mark_ms)
+            _put(db, "mark_ms", max(command.mark_ms, self._number("mark_ms")))
 
     def _trust(self) -> TrustBytes:
         def repository(name: str) -> RepositoryBytes:
-            rows = self._db.execute(
+            rows = self._read(
                 "SELECT role, content FROM metadata WHERE repository = ? ORDER BY role, position", (name,)
-            ).fetchall()
+            )
             single = {role: content for role, content in rows if role != "root"}
             roots = tuple(content for role, content in rows if role == "root")
             return RepositoryBytes(roots, **single)
 
         def targets(name: str) -> dict[str, bytes]:
-            return dict(
-                self._db.execute("SELECT path, content FROM target WHERE repository = ?", (name,)).fetchall()
-            )
+            return dict(self._read("SELECT path, content FROM target WHERE repository = ?", (name,)))
 
         return TrustBytes(
             repository("director"), repository("catalogue"), targets("director"), targets("catalogue")
@@ -209,34 +256,59 @@ class Store:
                 " ON CONFLICT (entitlement_id, meter_id) DO UPDATE SET amount = excluded.amount",
                 [(e, m, amount) for (e, m), amount in command.used.items()],
             )
-            self._put("boot_id", self._boot_id)
-            self._put("mark_ms", max(command.mark_ms, self._number("mark_ms")))
+            _put(db, "boot_id", self._boot_id)
+            _put(db, "mark_ms", max(command.mark_ms, self._number("mark_ms")))
 
     def mark_sent(self, through_seq: int) -> None:
-        """Notes, before they leave, that records up to here may have been seen."""
-        with self._transaction():
-            self._put("sent_through", max(through_seq, self._number("sent_through")))
+        """Notes, before they leave, that records up to here may have been seen.
+
+        Raises:
+            JournalError: nothing was changed.
+        """
+        with self._transaction() as db:
+            _put(db, "sent_through", max(through_seq, self._number("sent_through")))
 
     def records(self, first_seq: int, through_seq: int) -> tuple[bytes, ...]:
-        """The records of [first_seq, through_seq], as written."""
-        rows = self._db.execute(
-            "SELECT content FROM record WHERE seq BETWEEN ? AND ? ORDER BY seq", (first_seq, through_seq)
-        ).fetchall()
+        """The records of [first_seq, through_seq], as written.
+
+        Raises:
+            JournalError: they cannot be read.
+        """
+        with self._reading():
+            rows = self._read(
+                "SELECT content FROM record WHERE seq BETWEEN ? AND ? ORDER BY seq", (first_seq, through_seq)
+            )
         return tuple(content for (content,) in rows)
 
     def record_hash(self, seq: int) -> bytes | None:
-        """SHA-256 of a record, or None if the journal does not hold it."""
-        row = self._db.execute("SELECT hash FROM record WHERE seq = ?", (seq,)).fetchone()
-        return None if row is None else bytes(row[0])
+        """SHA-256 of a record, or None if the journal does not hold it.
+
+        Raises:
+            JournalError: it cannot be read.
+        """
+        with self._reading():
+            rows = self._read("SELECT hash FROM record WHERE seq = ?", (seq,))
+        return bytes(rows[0][0]) if rows else None
 
     def store_receipt(self, through_seq: int, content: bytes, signature: bytes) -> None:
-        """Keeps a verified receipt of the cloud."""
+        """Keeps a verified receipt of the cloud.
+
+        Raises:
+            JournalError: nothing was changed.
+        """
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO receipt VALUES (?, ?, ?)", (through_seq, content, signature))
 
     def journal_id(self) -> str:
-        """Identifier of the journal, 16 hex digits."""
-        return str(self._get("journal_id", ""))
+        """Identifier of the journal, 16 hex digits; fixed, so any thread may ask."""
+        return self._journal_id
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, ValueError, KeyError, TypeError, OverflowError) as error:
+            raise JournalError(f"{self.path} cannot be read: {error}; {_NEXT_STEP}") from error
 
     # --- start -------------------------------------------------------------------
 
@@ -246,26 +318,57 @@ class Store:
         Raises:
             JournalError: a part cannot be read.
         """
-        try:
-            last = self._db.execute("SELECT seq, hash FROM record ORDER BY seq DESC LIMIT 1").fetchone()
-            acked = self._db.execute("SELECT max(through_seq) FROM receipt").fetchone()[0]
-            windows = self._db.execute("SELECT content FROM open_window ORDER BY position").fetchall()
-            used = self._db.execute("SELECT entitlement_id, meter_id, amount FROM used").fetchall()
-            seq, digest = last or (0, GENESIS_HASH)
+        with self._reading():
+            last = self._read("SELECT seq, hash, content FROM record ORDER BY seq DESC LIMIT 1")
+            acked = self._read("SELECT max(through_seq) FROM receipt")[0][0]
+            windows = self._read("SELECT content FROM open_window ORDER BY position")
+            used = self._read("SELECT entitlement_id, meter_id, amount FROM used")
+            seq, digest, content = last[0] if last else (0, GENESIS_HASH, None)
+            if content is not None and hashlib.sha256(content).digest() != digest:
+                raise ValueError(f"record {seq} does not have the hash that is noted for it")
             return Stored(
                 trust=self._trust(),
                 floors=_floors_from_json(self._get("floors", {})),
                 as_of_ms=self._number("as_of_ms"),
                 mark_ms=self._number("mark_ms"),
                 contact_ms=self._number("contact_ms"),
-                head=Head(self.journal_id(), seq, bytes(digest)),
+                head=Head(self._journal_id, seq, bytes(digest)),
                 acked_seq=acked or 0,
                 windows=tuple(_window_from_json(json.loads(content)) for (content,) in windows),
                 used={(e, m): amount for e, m, amount in used},
                 same_boot=self._get("boot_id", "") == self._boot_id,
             )
-        except (sqlite3.Error, ValueError, KeyError, TypeError) as error:
-            raise JournalError(f"{self.path} cannot be read: {error}") from error
+
+
+def _create(path: Path, journal_id: str) -> None:
+    """Makes a new store beside its place, and puts it there whole."""
+    fresh = path.with_name(path.name + ".new")
+    log = path.with_name(path.name + "-wal")
+    if log.exists():
+        raise JournalError(f"{log} is here, but {path} is not; {_NEXT_STEP}")
+    fresh.unlink(missing_ok=True)
+    fresh.touch(mode=0o600, exist_ok=False)
+    with closing(sqlite3.connect(fresh, isolation_level=None)) as db:
+        db.execute("PRAGMA synchronous=FULL")
+        db.execute("BEGIN")
+        for statement in _SCHEMA.split(";"):
+            db.execute(statement)
+        _put(db, "journal_id", journal_id)
+        db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+        db.execute("COMMIT")
+    fresh.rename(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _put(db: sqlite3.Connection, name: str, content: object) -> None:
+    db.execute(
+        "INSERT INTO value VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET content = excluded.content",
+        (name, json.dumps(content).encode()),
+    )
 
 
 def _versions(versions: Versions) -> list[int]:
@@ -285,16 +388,18 @@ def _floors_to_json(floors: Floors) -> dict[str, object]:
 
 
 def _floors_from_json(content: object) -> Floors:
-    if not isinstance(content, dict) or not content:
+    if not isinstance(content, dict):
+        raise TypeError("floors are not a table")
+    if not content:
         return Floors()
     return Floors(
-        director=Versions(*content["director"]),
-        catalogue=Versions(*content["catalogue"]),
-        time_ms=content["time_ms"],
-        token_counters={(e, f): c for e, f, c in content["tokens"]},
-        releases=content["releases"],
-        director_epoch=content["director_epoch"],
-        catalogue_epoch=content["catalogue_epoch"],
+        director=Versions(*map(_int, content["director"])),
+        catalogue=Versions(*map(_int, content["catalogue"])),
+        time_ms=_int(content["time_ms"]),
+        token_counters={(str(e), str(f)): _int(c) for e, f, c in content["tokens"]},
+        releases={str(f): _int(r) for f, r in dict(content["releases"]).items()},
+        director_epoch=str(content["director_epoch"]),
+        catalogue_epoch=str(content["catalogue_epoch"]),
     )
 
 
@@ -309,6 +414,7 @@ def _window_to_json(window: OpenWindow) -> dict[str, object]:
         "start_ms": window.start_ms,
         "mark_ns": window.mark_ns,
         "mark_ms": window.mark_ms,
+        "odometer": window.odometer,
         "odometer_m": window.odometer_m,
         "totals": [[list(d), v, g, r] for d, v, g, r in window.totals],
     }
@@ -318,7 +424,7 @@ def _window_from_json(content: dict[str, object]) -> OpenWindow:
     totals = content["totals"]
     if not isinstance(totals, list):
         raise TypeError("totals of an open window are not a list")
-    odometer = content["odometer_m"]
+    odometer, odometer_m = content["odometer"], content["odometer_m"]
     return OpenWindow(
         feature_id=str(content["feature"]),
         meter_id=str(content["meter"]),
@@ -329,7 +435,8 @@ def _window_from_json(content: dict[str, object]) -> OpenWindow:
         start_ms=_int(content["start_ms"]),
         mark_ns=_int(content["mark_ns"]),
         mark_ms=_int(content["mark_ms"]),
-        odometer_m=None if odometer is None else _int(odometer),
+        odometer=None if odometer is None else str(odometer),
+        odometer_m=None if odometer_m is None else _int(odometer_m),
         totals=tuple(
             (tuple((n, v) for n, v in d), _int(value), _int(g), str(r)) for d, value, g, r in totals
         ),
@@ -337,6 +444,6 @@ def _window_from_json(content: dict[str, object]) -> OpenWindow:
 
 
 def _int(value: object) -> int:
-    if not isinstance(value, int):
+    if type(value) is not int:
         raise TypeError(f"expected a whole number, found {value!r}")
     return value

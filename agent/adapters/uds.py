@@ -31,13 +31,13 @@ from agent.model import EcuSpec, Frame
 from common import log
 
 P2_NS = 1_000_000_000
-"""Longest wait for an answer: P2 with room for a slow gateway (ISO 14229-2, 7.2); from the last frame sent."""
+"""Longest wait for an answer after the last frame sent: P2, with room for a gateway (ISO 14229-2, 7.2)."""
 P2_STAR_NS = 5_000_000_000
 """Longest wait after "response pending" (0x78)."""
 MAX_PENDING = 10
 """How often an ECU may say "response pending" to one request."""
 ANSWER_NS = 10_000_000_000
-"""Longest time for the frames of one answer: 73 at the longest separation of 127 ms (ISO 15765-2:2016, 9.6.5.4)."""
+"""Longest time for one answer's frames: 73 at most, 127 ms apart at most (ISO 15765-2:2016, 9.6.5.4)."""
 MAX_ANSWER_BYTES = 512
 """Longest answer that is taken."""
 FOREIGN_TESTER_NS = 3_000_000_000

@@ -94,14 +94,21 @@ class Ledger:
         self,
         spec: FeatureSpec,
         entitlement: Entitlement,
-        odometer_m: int | None,
+        signals: SignalState,
         *,
         now_ns: int,
         now: TrustedTime,
     ) -> None:
         """Notes that a feature may be on from now, though nobody has seen it yet."""
         self._armed[spec.feature_id] = [
-            _window(spec.feature_id, meter, entitlement, odometer_m, now_ns=now_ns, now=now)
+            _window(
+                spec.feature_id,
+                meter,
+                entitlement,
+                _metres(signals, meter.odometer, now_ns),
+                now_ns=now_ns,
+                now=now,
+            )
             for meter in spec.meters
         ]
 
@@ -151,11 +158,20 @@ class Ledger:
             )
         self._sessions[spec.feature_id] = sessions
 
-    def observe(self, batch: SignalBatch, now_ns: int) -> None:
-        """Gives every session what the bus brought."""
+    def observe(self, batch: SignalBatch, now_ns: int) -> bool:
+        """Gives every session what the bus brought.
+
+        Returns:
+            True if a meter got its first odometer reading: only with one on
+            disk can a crash be bounded.
+        """
+        first = False
         for sessions in self._sessions.values():
             for session in sessions:
+                unread = session.meter.odometer_m is None
                 session.meter.observe(batch, now_ns)
+                first |= unread and session.meter.odometer_m is not None
+        return first
 
     def stop(self, feature_id: str, *, now_ns: int, now: TrustedTime) -> None:
         """Ends the sessions of a feature and closes their windows."""
@@ -189,21 +205,20 @@ class Ledger:
         for feature_id, sessions in self._sessions.items():
             for session in sessions:
                 meter = session.meter
+                totals = meter.totals_now()
                 unsettled_ms = max(0, now_ns - meter.mark_ns) // _NS_PER_MS
                 window = self._window_of(feature_id, session)
                 windows.append(
                     replace(
                         window,
                         mark_ms=now.unix_ms - unsettled_ms,
-                        totals=tuple(
-                            (key, t.value, t.gap, t.reason) for key, t in meter.totals_now().items()
-                        ),
+                        totals=tuple((key, t.value, t.gap, t.reason) for key, t in totals.items()),
                     )
                 )
         return tuple(windows)
 
     def resolve(
-        self, is_seen: Callable[[str], bool], odometer_m: int | None, *, now_ns: int, now: TrustedTime
+        self, is_seen: Callable[[str], bool], signals: SignalState, *, now_ns: int, now: TrustedTime
     ) -> bool:
         """Declares time in which the agent did not run, once its end is known.
 
@@ -218,8 +233,8 @@ class Ledger:
         """
         waiting: list[OpenWindow] = []
         for window in self._recovered:
-            distance = window.kind is MeterKind.DISTANCE
-            unread = distance and odometer_m is None and window.odometer_m is not None
+            odometer_m = _metres(signals, window.odometer, now_ns)
+            unread = odometer_m is None and window.odometer_m is not None
             if unread or not is_seen(window.feature_id):
                 waiting.append(window)
             else:
@@ -237,7 +252,7 @@ class Ledger:
             if odometer_m is None or before_m is None or odometer_m < before_m:
                 total.unbounded = True
             else:
-                total.gap = odometer_m - before_m + self._odometer_step_m()
+                total.gap = odometer_m - before_m + self._step_m(window)
         elif self._same_boot:
             total.gap = -(-(now_ns - window.mark_ns) // _NS_PER_MS)
         else:
@@ -249,8 +264,8 @@ class Ledger:
         end_ms = max(window.mark_ms, now.unix_ms)
         self._book(window, (), total, end_ms, signed=now.source == "signed")
 
-    def _odometer_step_m(self) -> int:
-        info = self._infos.get("Vehicle.TraveledDistance")
+    def _step_m(self, window: OpenWindow) -> int:
+        info = self._infos.get(window.odometer or "")
         return max(1, round(info.resolution * 1000)) if info else 1
 
     # --- records -------------------------------------------------------------------
@@ -277,6 +292,7 @@ class Ledger:
             start_ms=session.start_ms,
             mark_ns=meter.mark_ns,
             mark_ms=session.start_ms,
+            odometer=meter.spec.odometer,
             odometer_m=meter.odometer_m,
         )
 
@@ -342,6 +358,12 @@ def check_conditions(spec: FeatureSpec) -> None:
         Meter(meter, {})
 
 
+def _metres(signals: SignalState, odometer: str | None, now_ns: int) -> int | None:
+    """An odometer's reading from VSS kilometres; None if it is unknown."""
+    value = signals.value(odometer, now_ns) if odometer else None
+    return round(float(value) * 1000) if isinstance(value, int | float) else None
+
+
 def _window(
     feature_id: str,
     meter: MeterSpec,
@@ -362,5 +384,6 @@ def _window(
         start_ms=now.unix_ms,
         mark_ns=now_ns,
         mark_ms=now.unix_ms,
+        odometer=meter.odometer,
         odometer_m=odometer_m,
     )

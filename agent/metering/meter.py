@@ -28,6 +28,8 @@ Dimensions = tuple[tuple[str, str], ...]
 
 SPEED_MARGIN = 1.2
 """An odometer that runs more than 20 % ahead of the speed signal is implausible."""
+FASTEST_KMH = 500.0
+"""No road vehicle is faster: what bounds a way while the speed signal says nothing."""
 _NS_PER_MS = 1_000_000
 _NS_PER_H = 3_600_000_000_000
 
@@ -65,6 +67,42 @@ class _Segment:
     first_m: int
     start_ns: int
     billed_m: int = 0
+
+
+class _TopSpeed:
+    """The fastest that the speed signal said since the last odometer reading."""
+
+    def __init__(self, max_age_ns: int) -> None:
+        self._max_age_ns = max_age_ns
+        self._now_kmh: float | None = None
+        self._top_kmh: float | None = None
+        self._seen_ns: int | None = None
+        self._was_silent = False
+
+    def hear(self, seen_ns: int | None) -> None:
+        """Takes when the signal was heard; a hole longer than its maximum age bounds nothing."""
+        if seen_ns is None:
+            return
+        if self._seen_ns is None or seen_ns - self._seen_ns > self._max_age_ns:
+            self._was_silent = True
+        self._seen_ns = seen_ns
+
+    def take(self, value: SignalValue | None) -> None:
+        """Takes a value in km/h."""
+        if isinstance(value, int | float):
+            self._now_kmh = float(value)
+            self._top_kmh = max(self._top_kmh or 0.0, self._now_kmh)
+
+    def restart(self) -> None:
+        """The odometer was read: from here on only what comes counts."""
+        self._top_kmh, self._was_silent = self._now_kmh, False
+
+    def metres(self, elapsed_ns: int, until_ns: int) -> float:
+        """The farthest way in that time."""
+        silent = self._seen_ns is None or until_ns - self._seen_ns > self._max_age_ns
+        unknown = self._top_kmh is None or silent or self._was_silent
+        top_kmh = FASTEST_KMH if unknown else (self._top_kmh or 0.0) * SPEED_MARGIN
+        return top_kmh * 1000 * max(0, elapsed_ns) / _NS_PER_H
 
 
 class Meter:
@@ -106,7 +144,8 @@ class Meter:
         self._unknown = True
         self._segment: _Segment | None = None
         self._odometer_at_ns = 0
-        self._top_speed_kmh: float | None = None
+        speed = infos.get(spec.speed or "")
+        self._top_speed = _TopSpeed(speed.max_age_ns if speed else 0)
         self._run_m = 0
         self._run_at_ns = 0
 
@@ -132,7 +171,9 @@ class Meter:
         self.mark_ns = now_ns
         self._values = {n: values.get(n) for n in self._known}
         self._seen = {n: seen[n] for n in self.inputs if n in seen}
-        self._note_speed()
+        self._top_speed.hear(seen.get(self.spec.speed or ""))
+        self._top_speed.take(self._values.get(self.spec.speed or ""))
+        self._top_speed.restart()
         self.odometer_m = self._reading(self._values.get(self.spec.odometer or ""))
         self._odometer_at_ns = now_ns
         self._unknown = self._lacks_value()
@@ -149,6 +190,7 @@ class Meter:
                 self._queue.append(change)
         self._queue.sort(key=lambda c: c.at_ns)
         self._hear(batch.seen_ns)
+        self._top_speed.hear(batch.seen_ns.get(self.spec.speed or ""))
         frontier_ns = self._frontier(now_ns)
         if self._is_silent(now_ns):
             if not self._unknown:
@@ -168,7 +210,7 @@ class Meter:
     def totals_now(self) -> dict[Dimensions, Total]:
         """Totals in ms or m since the last `take`, without ending the window."""
         if self.spec.kind is MeterKind.DISTANCE:
-            return {k: t for k, t in self.totals.items() if t.value or t.gap or t.unbounded}
+            return {k: t for k, t in self.totals.items() if t.value or t.gap}
         rounded = {
             k: Total(t.value // _NS_PER_MS, -(-t.gap // _NS_PER_MS), t.reason, t.largest)
             for k, t in self.totals.items()
@@ -243,7 +285,8 @@ class Meter:
             elif first_m is not None and self.odometer_m is not None and self.odometer_m >= first_m:
                 self._total(key).add_gap(self.odometer_m - first_m, reason)
             elif self.odometer_m is not None:
-                self._declare_way(self._possible_m(self._odometer_at_ns - first_ns))
+                possible_m = self._possible_m(self._odometer_at_ns - first_ns, self._odometer_at_ns)
+                self._total(key).add_gap(possible_m, reason)
             self.mark_ns = until_ns
         self._unknown = not heard or self._lacks_value()
         self._status = None if self._unknown else self._judge()
@@ -257,7 +300,7 @@ class Meter:
             if change.at_ns > until_ns:
                 break
             self._values[change.name] = change.value
-            self._note_speed()
+            self._note_speed(change)
             if change.name == self._odometer_name():
                 self.odometer_m, self._odometer_at_ns = self._reading(change.value), change.at_ns
         self._queue = [c for c in self._queue if c.at_ns > until_ns]
@@ -280,7 +323,7 @@ class Meter:
         if change.name == self._odometer_name():
             self._odometer(self._reading(change.value), change)
             return
-        self._note_speed()
+        self._note_speed(change)
         status = self._judge()
         if status == self._status:
             self._bill_run()
@@ -333,23 +376,21 @@ class Meter:
         at_ns = change.at_ns
         before_m, before_ns = self.odometer_m, self._odometer_at_ns
         self.odometer_m, self._odometer_at_ns = reading_m, at_ns
-        possible_m = self._possible_m(at_ns - before_ns)
-        self._top_speed_kmh = None
-        self._note_speed()
+        possible_m = self._possible_m(at_ns - before_ns, at_ns)
+        self._top_speed.restart()
         if reading_m is None:
             self._segment = None
             return
         if before_m is None:
-            self._declare_way(possible_m)
+            self._total(self._key()).add_gap(possible_m, "SIGNAL")
             self._open_segment()
             return
         if self._status is None or self._segment is None:
             return
         moved_m = reading_m - before_m
-        if moved_m < 0 or (possible_m is not None and moved_m > possible_m):
+        if not 0 <= moved_m <= possible_m:
             # Reset, replaced, rolled over, or jumped: not billed, and bounded by the speed.
-            bound_m = abs(moved_m) if possible_m is None else possible_m
-            self._total(self._status).add_gap(bound_m, "SIGNAL")
+            self._total(self._status).add_gap(possible_m, "SIGNAL")
             self._open_segment()
             return
         if (change.previous_seen_ns or 0) < self._segment.start_ns:
@@ -376,25 +417,14 @@ class Meter:
         if not self._is_old(odometer, now_ns):
             return
         for change in self._queue:
-            if change.name == self.spec.speed and isinstance(change.value, int | float):
-                self._top_speed_kmh = max(self._top_speed_kmh or 0.0, float(change.value))
+            self._note_speed(change)
         heard_ns = self._seen.get(odometer)
-        self._declare_way(self._possible_m(now_ns - max(self._odometer_at_ns, heard_ns or 0)))
+        possible_m = self._possible_m(now_ns - max(self._odometer_at_ns, heard_ns or 0), now_ns)
+        self._total(self._key()).add_gap(possible_m, "SIGNAL")
 
-    def _declare_way(self, possible_m: int | None) -> None:
-        """Declares a way that no odometer read."""
-        total = self._total(self._key())
-        if possible_m is None:
-            total.unbounded, total.reason = True, total.reason or "SIGNAL"
-        else:
-            total.add_gap(possible_m, "SIGNAL")
-
-    def _possible_m(self, elapsed_ns: int) -> int | None:
-        """Farthest that the speed signal allows, metres; None without one."""
-        if self._top_speed_kmh is None:
-            return None
-        metres = self._top_speed_kmh * 1000 * SPEED_MARGIN * max(0, elapsed_ns) / _NS_PER_H
-        return math.ceil(metres) + 2 * self.step_m()
+    def _possible_m(self, elapsed_ns: int, until_ns: int) -> int:
+        """Farthest that the speed signal allows, metres."""
+        return math.ceil(self._top_speed.metres(elapsed_ns, until_ns)) + 2 * self.step_m()
 
     # --- judging -------------------------------------------------------------
 
@@ -417,10 +447,9 @@ class Meter:
     def _total(self, key: Dimensions) -> Total:
         return self.totals.setdefault(key, Total())
 
-    def _note_speed(self) -> None:
-        speed = self._values.get(self.spec.speed or "")
-        if isinstance(speed, int | float):
-            self._top_speed_kmh = max(self._top_speed_kmh or 0.0, float(speed))
+    def _note_speed(self, change: SignalChange) -> None:
+        if change.name == self.spec.speed:
+            self._top_speed.take(change.value)
 
     @staticmethod
     def _reading(value: SignalValue | None) -> int | None:
@@ -435,6 +464,8 @@ class OpenWindow:
     Args:
         mark_ns: monotonic moment up to which it is settled.
         mark_ms: the same in trusted Unix milliseconds.
+        odometer: VSS name of the odometer of a distance meter.
+        odometer_m: its latest settled reading.
         totals: (dimensions, value, gap, reason) in ms or m.
     """
 
@@ -447,5 +478,6 @@ class OpenWindow:
     start_ms: int
     mark_ns: int
     mark_ms: int
+    odometer: str | None
     odometer_m: int | None
     totals: tuple[tuple[Dimensions, int, int, str], ...] = field(default=())

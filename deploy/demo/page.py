@@ -34,39 +34,45 @@ class Page:
 
     def __init__(self) -> None:
         self._chapter = 0
+        self._is_open = False
         self.steps: list[Step] = []
         """In the order of the story."""
 
     def chapter(self, title: str) -> None:
         """Begins a chapter."""
         self._chapter += 1
-        print(f"\n{self._chapter}. {title}\n", flush=True)
+        self._gap()
+        print(f"{self._chapter}. {title}\n", flush=True)
 
     def say(self, text: str) -> None:
         """A paragraph."""
-        _wrapped(text, first="", rest="")
+        self._wrapped(text, first="", rest="")
 
     def command(self, line: str, output: str, *, most: int = MAX_LINES) -> None:
         """A command as one would type it, and the first lines of what it printed."""
-        print(f"{_INDENT}$ {line}")
+        self._gap()
+        print(f"{_INDENT}$ {line}", flush=True)
+        self._is_open = True
         lines = output.splitlines()
         for text in lines[:most]:
             print(f"{_INDENT}  {_shortened(text)}".rstrip())
         if len(lines) > most:
             print(f"{_INDENT}  … {len(lines) - most} more lines")
-        print(flush=True)
+        if lines:
+            self._gap()
 
     def live(self, line: str) -> None:
         """One line of what goes on now."""
         print(f"{_INDENT}| {line}", flush=True)
+        self._is_open = True
 
     def log(self, name: str, lines: list[str]) -> None:
-        """Lines of a program's log, without date and trace-ids."""
+        """Lines of a program's log, without date, level, module and trace-ids."""
         for line in lines:
-            moment, _, rest = line.partition(" ")
-            words = [w for w in rest.split() if not w.startswith(("trace_id", "grant_trace_id"))]
-            _wrapped(f"{name} {moment[11:23]} {' '.join(words)}", first="  ", rest=" " * 8)
-        print(flush=True)
+            moment, _level, _module, *rest = line.split()
+            words = [w for w in rest if not w.startswith(("trace_id", "grant_trace_id"))]
+            self._wrapped(f"{name} {moment[11:23]} {' '.join(words)}", first="  ", rest=" " * 8)
+        self._gap()
 
     def table(self, headers: list[str], rows: list[tuple[str, ...]]) -> None:
         """A small table."""
@@ -74,7 +80,8 @@ class Page:
         widths = [max(len(row[i]) for row in cells) for i in range(len(headers))]
         for row in cells:
             print(_INDENT + "  " + "   ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)))
-        print(flush=True)
+        self._is_open = True
+        self._gap()
 
     def check(self, expected: str, found: object, *, held: bool) -> None:
         """Notes whether an expectation held.
@@ -84,22 +91,28 @@ class Page:
         """
         step = Step(self._chapter, expected, str(found), held)
         self.steps.append(step)
-        _wrapped(f"{'[ok]' if held else '[FAILED]'} {expected}: {step.found}", first="", rest=" " * 5)
+        self._wrapped(f"{'[ok]' if held else '[FAILED]'} {expected}: {step.found}", first="", rest=" " * 5)
         if not held:
             raise StepFailedError(f"chapter {step.chapter}: expected: {expected}; found: {step.found}")
 
     def summary(self) -> None:
         """The table of everything that was expected."""
-        print()
+        self._gap()
         cli.print_table(
             ["", "expected", "found", "held"],
             [(s.chapter, s.expected, _cut(s.found, 52), "yes" if s.held else "NO") for s in self.steps],
         )
 
+    def _wrapped(self, text: str, *, first: str, rest: str) -> None:
+        first, rest = _INDENT + first, _INDENT + rest
+        print(textwrap.fill(text, WIDTH, initial_indent=first, subsequent_indent=rest), flush=True)
+        self._is_open = True
 
-def _wrapped(text: str, *, first: str, rest: str) -> None:
-    lines = textwrap.fill(text, WIDTH, initial_indent=_INDENT + first, subsequent_indent=_INDENT + rest)
-    print(lines, flush=True)
+    def _gap(self) -> None:
+        """An empty line, unless there is one already."""
+        if self._is_open:
+            print(flush=True)
+        self._is_open = False
 
 
 def _shortened(line: str) -> str:

@@ -9,6 +9,7 @@ does not come in time raises StageError with what was waited for.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import IO, Any, Self, TypeVar
 
 from agent.adapters import local_api
 from agent.errors import TransportError
@@ -215,12 +216,21 @@ class Stage:
         self.folder = folder
         self._transport = transport
         self._programs: dict[str, Program] = {}
+        self._lock: IO[str] | None = None
         self._sockets: tempfile.TemporaryDirectory[str] | None = None
         self.relay = Relay()
         self.cloud_port = self.enrolment_port = 0
         self.bus: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = self.folder.with_name(f"{self.folder.name}.lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            self.relay.close()
+            raise StageError(f"{self.folder} is in use by another run") from error
         shutil.rmtree(self.folder, ignore_errors=True)
         (self.folder / "logs").mkdir(parents=True)
         return self
@@ -231,6 +241,8 @@ class Stage:
         self.relay.close()
         if self._sockets is not None:
             self._sockets.cleanup()
+        if self._lock is not None:
+            self._lock.close()
 
     # --- files ---------------------------------------------------------------
 

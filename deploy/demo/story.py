@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import secrets
 import signal
 import sys
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.cli import EXIT_DONE, EXIT_FAILED
+from common.cli import EXIT_DONE, EXIT_FAILED, fail
 from deploy.demo import rogue
 from deploy.demo.page import Page, StepFailedError
 from deploy.demo.stage import DEMO, REPOSITORY, SEAT_ECU, SEAT_HARDWARE, SEAT_UID, VIN, Stage, StageError
@@ -100,10 +101,11 @@ class Story:
         self._show("fod-keys", "sign-catalogue", stage.keys, DEMO / "catalogue", stage.folder / "catalogue")
         stage.start_cloud()
         line = stage.command_line("fod-cloud", "serve", "--config", stage.cloud_config)
-        page.command(f"{line} &", f"serving on ports {stage.cloud_port} and {stage.enrolment_port}")
+        page.command(f"{line} &", json.dumps(stage.cloud.events()[0]))
         stage.start_vehicle()
         line = stage.command_line("fod-sim", "run", stage.folder / "scenario.toml", "--stdin")
-        page.command(f"{line} &", self._bus_in_words())
+        page.command(f"{line} &", json.dumps(stage.bus))
+        page.say(self._bus_in_words())
         stage.write_agent_config()
         ecu = f"{SEAT_ECU}:{SEAT_HARDWARE}:{SEAT_UID}"
         added = self._show("fod-cloud", "vehicle", "add", VIN, "--ecu", ecu, "--config", stage.cloud_config)
@@ -207,7 +209,7 @@ class Story:
         line = stage.command_line("fod-agent", "run", "--config", stage.agent_config())
         page.command(f"{line} &", "")
         life = stage.agent.log()
-        steps = ("stored rights", "→", "request to ECU", "AGENT_DOWN")
+        steps = ("stored rights are", "→", "request to ECU", "AGENT_DOWN")
         page.log("agent", [x for x in life if any(s in x for s in steps)])
         self._show("fod-agent", "status", "--config", stage.agent_config(), most=7)
         requests = [x for x in life if "request to ECU" in x]
@@ -249,12 +251,15 @@ class Story:
             lambda s: bool(s["link"] == "up" and s["journal"]["receipts_to"] >= max(waiting["stored"], 1)),
         )
         page.log("cloud", [x for x in stage.cloud.log()[mark:] if "usage taken" in x][:1])
-        page.log("agent", [x for x in stage.agent.log() if "signed receipt" in x][:1])
+        page.log("agent", [x for x in stage.agent.log() if "signed receipt" in x][-1:])
         page.check(
             "a signed receipt for all of it",
             f"receipts up to {status['journal']['receipts_to']}, waiting: up to {waiting['stored']}",
             held=status["journal"]["receipts_to"] >= waiting["stored"],
         )
+        # A moment after a window has closed: until the next, usage and invoice stay as they are.
+        seen = status["journal"]["receipts_to"]
+        stage.until_status("the next receipt", lambda s: bool(s["journal"]["receipts_to"] > seen))
         records = self._records()
         count = self._stored_before_kill()
         before = {
@@ -464,7 +469,6 @@ class Story:
             return self._drive_s() >= second or self._has_stopped()
 
         self.stage.until(f"second {second} of the drive", look, timeout_s=2 * HILL_S)
-        print(flush=True)
 
     def _keep_moving(self) -> None:
         if self._drive_s() < REVOKE_LATEST_S:
@@ -491,9 +495,10 @@ class Story:
     def _bus_in_words(self) -> str:
         bus = self.stage.bus
         if bus["interface"] == "socketcan":
-            return f"bus: SocketCAN on {bus['channel']}, which is up on this machine"
+            return f"The vehicle's bus is SocketCAN on {bus['channel']}, which is up on this machine."
         return (
-            f"bus: socketcand on {bus['host']}:{bus['port']} (no SocketCAN interface is up on this machine)"
+            f"The vehicle's bus is socketcand on {bus['host']}:{bus['port']}: no SocketCAN interface is up"
+            " on this machine."
         )
 
     def _count(self, event: str) -> int:
@@ -603,16 +608,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="make run", description="One feature on demand, from the grant to the bill (two minutes)."
     )
     parser.add_argument("--keep", action="store_true", help="leave everything running until Ctrl-C")
+    parser.add_argument(
+        "--folder", type=Path, default=FOLDER, metavar="DIR", help="where to write; wiped first (run/demo)"
+    )
     arguments = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_FAILED))
-    started = time.monotonic()
     page = Page()
     print("OpenFoD: one feature on demand, from the grant to the bill")
     page.say(
-        "Real processes, sockets and keys on this machine; all files in run/demo/. The commands are those"
-        " of .venv/bin. Shown output is shortened, never changed."
+        "Real processes, sockets and keys on this machine. The commands are those of .venv/bin. What"
+        " they print is real, and shortened."
     )
-    with Stage(FOLDER) as stage:
+    try:
+        return _tell(Stage(arguments.folder.resolve()), page, keep=arguments.keep)
+    except StageError as error:  # before or after the story itself
+        return fail(str(error))
+
+
+def _tell(stage: Stage, page: Page, *, keep: bool) -> int:
+    started = time.monotonic()
+    with stage:
         try:
             Story(stage, page).tell()
         except (StepFailedError, StageError, KeyboardInterrupt) as error:
@@ -620,10 +635,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             _say_what_failed(stage, error)
             return EXIT_FAILED
         page.summary()
-        print(
-            f"\nEvery step held ({time.monotonic() - started:.0f} s). Logs and files: {stage.shown(FOLDER)}/"
-        )
-        if arguments.keep:
+        took_s = time.monotonic() - started
+        print(f"\nEvery step held ({took_s:.0f} s). Logs and files: {stage.shown(stage.folder)}/")
+        if keep:
             with contextlib.suppress(KeyboardInterrupt):
                 _keep(stage)
     return EXIT_DONE
@@ -632,7 +646,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _say_what_failed(stage: Stage, error: BaseException) -> None:
     print(f"\nThe story ended early: {error or type(error).__name__}", file=sys.stderr)
     for program in stage.programs():
-        print(f"\nlast lines of {program.name} (run/demo/logs/{program.name}.log):", file=sys.stderr)
+        print(f"\nlast lines of {stage.shown(stage.folder)}/logs/{program.name}.log:", file=sys.stderr)
         for line in program.log()[-LOG_LINES:]:
             print(f"  {line}", file=sys.stderr)
 

@@ -18,9 +18,11 @@ from deploy.demo.story import Story
 @pytest.fixture
 def stage() -> Iterator[Stage]:
     # Not pytest's own folder: a Unix socket's path must stay short.
-    with tempfile.TemporaryDirectory(prefix="fod-") as folder:
-        with Stage(Path(folder) / "run", transport="socketcand") as opened:
-            yield opened
+    with (
+        tempfile.TemporaryDirectory(prefix="fod-") as folder,
+        Stage(Path(folder) / "run", transport="socketcand") as opened,
+    ):
+        yield opened
 
 
 @pytest.mark.e2e

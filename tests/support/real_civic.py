@@ -9,7 +9,9 @@ The log is candump's text. Both figures travel in ENGINE_DATA of a Honda Civic
      SG_ COUNTER : 61|2@0+ (1,0)                      byte 7, bits 4 and 5
      SG_ CHECKSUM : 59|4@0+ (1,0)                     byte 7, bits 0 to 3
 
-A frame with the counter of the frame before counts as sent twice and says nothing. The log has holes of up to ten seconds, in which nobody knows what the car did.
+A frame with the counter of the frame before counts as sent twice and says
+nothing. The log has holes of up to ten seconds, in which nobody knows what the
+car did.
 """
 
 from __future__ import annotations
@@ -112,7 +114,9 @@ def figures(log: Path, speed: float = 1.0) -> Figures:
 
 def _read(log: Path, speed: float) -> tuple[int, list[Reading]]:
     readings: list[Reading] = []
-    first_us = at_us = counter = None
+    first_us: int | None = None
+    at_us: int | None = None
+    counter: int | None = None
     for line in log.read_text(encoding="ascii").splitlines():
         match = _LINE.fullmatch(line)
         assert match, line

@@ -7,8 +7,10 @@ disk at once. A crash is a new `Drive` on the same `Journal`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+
+from support.signals_data import REPOSITORY
 
 from agent import events as ev
 from agent.engine import Engine
@@ -20,7 +22,6 @@ from agent.signals.state import Collector
 from agent.trust.catalogue import parse_feature
 from agent.trust.clock import TrustedClock
 from openfod.usage.v1 import usage_pb2
-from support.signals_data import REPOSITORY
 
 LOGBOOK = REPOSITORY / "deploy" / "demo" / "catalogue" / "features" / "drivers-logbook" / "1.toml"
 NS_PER_MS = 1_000_000
@@ -194,3 +195,24 @@ class Drive:
                     assert level == "info", (message, fields)
                 case _:
                     pass
+
+
+def drive_with_crashes(
+    plan: DecodePlan, frames: Sequence[Frame], crashes_ns: Iterable[int], dead_ns: int, end_ns: int
+) -> Journal:
+    """Drives until `end_ns`, when the right ends; after each crash the agent is dead for a while.
+
+    Returns:
+        the journal that all lives of the agent wrote.
+    """
+    journal, started_ns = Journal(), 0
+    drive = Drive(plan, journal, started_ns)
+    for crash_ns in sorted(crashes_ns):
+        died_ns = max(crash_ns, started_ns)
+        drive.feed(frame for frame in frames if started_ns <= frame.monotonic_ns < died_ns)
+        drive.wait_until(died_ns)
+        started_ns = died_ns + dead_ns
+        drive = Drive(plan, journal, started_ns)
+    drive.feed(frame for frame in frames if frame.monotonic_ns >= started_ns)
+    drive.revoke(end_ns)
+    return journal

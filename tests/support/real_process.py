@@ -12,15 +12,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from support.signals_data import REPOSITORY
+
 from agent.adapters import local_api
 from agent.errors import TransportError
 from keys import catalogue, ceremony
-from support.signals_data import REPOSITORY
 
 DEMO = REPOSITORY / "deploy" / "demo"
 VIN = "SHHFK8G70HU000001"
 ACCOUNT = "acc-real-car"
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 POLL_S = 0.05
 
 AGENT = """
