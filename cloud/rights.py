@@ -7,6 +7,7 @@ of it leaves. Reads no clock and no randomness of its own.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -240,8 +241,12 @@ class Rights:
         for signed in tx.tokens(vin):
             path = director.token_path(signed.ecu_identifier, signed.feature_id)
             update.director_targets.add(path=path, content=signed.content)
-        for release in self._releases(tx, vin):
-            update.catalogue_targets.add(path=release.path, content=release.content)
+        # What the signed set lists, not what is newest now: the catalogue may have grown since.
+        listed = json.loads(row.targets)["signed"]["targets"]
+        for releases in self._catalogue.releases.values():
+            for release in releases:
+                if release.path in listed:
+                    update.catalogue_targets.add(path=release.path, content=release.content)
 
     def _add_catalogue(
         self, tx: Transaction, has: Versions, update: vehicle_service_pb2.TrustUpdate, now_ms: int

@@ -449,7 +449,10 @@ def _open(url: sa.URL) -> sa.Engine:
     if url.get_backend_name() != "sqlite":
         return sa.create_engine(url)
     if url.database not in (None, "", ":memory:"):
-        Path(str(url.database)).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = Path(str(url.database))
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Usage and accounts are nobody else's business; SQLite's side files take the same mode.
+        path.touch(mode=0o600)
     engine = sa.create_engine(url, connect_args={"timeout": 30})
 
     @sa.event.listens_for(engine, "connect")

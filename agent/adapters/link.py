@@ -32,6 +32,8 @@ CONNECT_S = 10.0
 """Longest wait for a connection."""
 REASON_S = 1.0
 """Longest wait for the reason why there is no connection."""
+WATCH_S = 0.3
+"""How long gRPC's own thread may watch a channel that nobody asks about (it looks every 0.2 s)."""
 MAX_REASON_CHARS = 500
 """Longest text of the other side that is passed on."""
 MAX_MESSAGE_BYTES = 4_194_304
@@ -181,7 +183,18 @@ class Link:
         states = self._states = queue.SimpleQueue()
         if self._stop.is_set():
             return False
-        channel.subscribe(states.put, try_to_connect=True)
+        tell = states.put
+        channel.subscribe(tell, try_to_connect=True)
+        try:
+            return self._await_ready(channel, states)
+        finally:
+            channel.unsubscribe(tell)
+            # A channel that is closed under gRPC's watcher leaves a traceback of its thread.
+            time.sleep(WATCH_S)
+
+    def _await_ready(
+        self, channel: grpc.Channel, states: queue.SimpleQueue[grpc.ChannelConnectivity | None]
+    ) -> bool:
         end_s = time.monotonic() + CONNECT_S
         while True:
             try:

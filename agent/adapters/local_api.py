@@ -36,6 +36,7 @@ _log = log.get(__name__)
 
 class _Server(socketserver.ThreadingUnixStreamServer):
     daemon_threads = True
+    request_queue_size = MAX_CLIENTS
     status: Callable[[], dict[str, object]]
 
     def __init__(self, path: str, handler: type[BaseHTTPRequestHandler]) -> None:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 
 import cbor2
 import grpc
 from support.cloud_world import (
     DAY_MS,
+    DEMO,
     JOURNAL,
     START_MS,
     VIN,
     World,
     chain,
+    demo_keys,
     open_world,
     play,
     signed_batch,
@@ -22,6 +26,7 @@ from support.cloud_world import (
     write_config,
 )
 
+from keys import catalogue
 from openfod.operator.v1 import operator_service_pb2
 from openfod.usage.v1 import usage_pb2
 from openfod.vehicle.v1 import vehicle_service_pb2 as pb
@@ -316,3 +321,31 @@ def test_an_answer_that_crossed_a_nonce_is_sent_once_more_and_only_once(tmp_path
         assert pushed.director.targets, "the next answer is the grant, not another repetition"
 
     play(tmp_path, story)
+
+
+def test_an_edited_catalogue_does_not_disturb_a_set_that_was_signed_before(tmp_path: Path) -> None:
+    source, repository = tmp_path / "source", tmp_path / "catalogue"
+    shutil.copytree(DEMO / "catalogue", source)
+    now = datetime.fromtimestamp(START_MS / 1000, UTC)
+    made = demo_keys()
+    catalogue.sign_catalogue(made / "keys", source, repository, now)
+    path = write_config(tmp_path, **{str(made / "catalogue"): str(repository)})
+    devices = []
+
+    async def before() -> None:
+        async with open_world(path) as world:
+            devices.append(await world.device())
+            await world.grant()
+
+    async def after() -> None:
+        async with open_world(path) as world:
+            update = await world.connect(devices[0]).hello()
+            assert [t.path for t in update.catalogue_targets] == [FEATURE]
+            assert "features/seat-heating/2.toml" in json.loads(update.catalogue.targets)["signed"]["targets"]
+            verify_with_tuf(update, START_MS)
+
+    asyncio.run(before())
+    second = (source / FEATURE).read_text().replace("release = 1 ", "release = 2 ")
+    (source / "features/seat-heating/2.toml").write_text(second)
+    catalogue.sign_catalogue(made / "keys", source, repository, now)
+    asyncio.run(after())

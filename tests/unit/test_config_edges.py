@@ -129,7 +129,7 @@ def test_each_problem_names_file_line_key_and_what_was_expected(text: str, expec
         ("a = 1\nalive = true\nalive = true", ":3: not TOML: Cannot overwrite a value"),
         ("[trunk]\n[trunk]", ":2: not TOML: Cannot declare"),
         ("a = ", ":1: not TOML: Invalid value"),
-        ("a = 'x", ": not TOML: "),
+        ("a = 'x", ":1: not TOML: "),
         (b"\xff", ": not UTF-8 at byte 0"),
         ("a = " + "1" * 5000, ": not TOML: "),
         ("a = " + "[" * 5000, ": not TOML: "),
