@@ -116,6 +116,7 @@ class Engine:
             window_ns: length of a usage window.
             buses: names of the buses; none of them is up yet.
         """
+        self._infos = infos
         self._ledger = Ledger(source, infos, self._say)
         self._clock = clock
         self._checkpoint_ns = checkpoint_ns
@@ -323,6 +324,13 @@ class Engine:
     def _new_feature(self, spec: FeatureSpec, now_ns: int) -> _Feature:
         activate_when, release_when = _compile(spec)
         feature = _Feature(spec, activate_when, release_when)
+        if missing := sorted(spec.inputs - self._infos.keys()):
+            self._say(
+                "warning",
+                "no bus brings signals that this feature needs; what depends on them stays unknown",
+                feature=spec.feature_id,
+                signals=missing,
+            )
         feature.since_ms = self._time(now_ns).unix_ms
         if spec.kind is ActuatorKind.NONE:
             feature.ecu = _EcuView(on=False, counter=None)

@@ -212,6 +212,17 @@ class FeatureSpec:
     sha256: str = ""
 
     @property
+    def inputs(self) -> frozenset[str]:
+        """VSS names of all signals that the feature's conditions and meters read."""
+        conditions = [self.activate_when, self.release_when]
+        names: set[str] = set()
+        for meter in self.meters:
+            names.update(n for n in (meter.odometer, meter.speed) if n)
+            conditions += [meter.condition] if meter.condition else []
+            conditions += [c for d in meter.dimensions for _, c in d.values]
+        return frozenset(names.union(*(c.inputs for c in conditions)))
+
+    @property
     def target_path(self) -> str:
         """Path of this release in the catalogue repository."""
         return f"features/{self.feature_id}/{self.release}.toml"

@@ -5,10 +5,15 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from support.engine_world import World, entitlement, with_quota
+from support.engine_world import INFOS, World, entitlement, with_quota
 
+from agent import events as ev
+from agent.engine import Engine
 from agent.errors import IllegalTransitionError
 from agent.features.lifecycle import TABLE, Event, State, transition
+from agent.metering.record import Head
+from agent.model import TrustBytes, Verdict, Versions
+from agent.trust.clock import TrustedClock
 
 
 @pytest.fixture
@@ -99,8 +104,8 @@ def test_a_right_revoked_while_driving_is_held_and_released_at_standstill(world:
     world.speed_kmh = 0.0
     world.run_ms(1000)
     assert world.state() == "LOCKED"
-    assert not world.ecu.on
-    assert world.ecu.counter == world.cloud.counter, "the old token is burnt"
+    # Off, and the old token is burnt.
+    assert (world.ecu.on, world.ecu.counter) == (False, world.cloud.counter)
     assert_true_bill(world)
 
 
@@ -246,3 +251,23 @@ def test_an_unlisted_pair_raises_and_every_state_is_left_and_reached() -> None:
                 transition("seat-heating", state, event)
     assert listed == len(TABLE)
     assert {s for s, _ in TABLE} == set(State) == {target for target, _ in TABLE.values()}
+
+
+def test_a_signal_that_no_bus_brings_is_named(world: World) -> None:
+    world.engine = None
+    infos = dict(INFOS)
+    del infos["Vehicle.Speed"]
+    engine = Engine(
+        source="veh-0123456789abcdef",
+        clock=TrustedClock(mark_ms=0, build_ms=1, monotonic_ns=0),
+        infos=infos,
+        checkpoint_ns=10**9,
+        window_ns=10**10,
+    )
+    world.cloud.grant(entitlement(1))
+    verdict = Verdict(TrustBytes(), Versions(), Versions(), world.cloud.rights[2], 1)
+    said = engine.step(
+        ev.Booted(verdict, Head("0" * 16), 0, (), same_boot=True, used={}, last_contact_ms=0), 1
+    )
+    warnings = [c.fields["signals"] for c in said if isinstance(c, ev.Say) and c.level == "warning"]
+    assert warnings == [["Vehicle.Speed"]]
