@@ -25,6 +25,7 @@ windows = st.builds(
     start_ms=signed,
     mark_ns=signed,
     mark_ms=signed,
+    odometer=st.none() | text,
     odometer_m=st.none() | signed,
     totals=st.lists(
         st.tuples(st.lists(st.tuples(text, text), max_size=3).map(tuple), number, number, text), max_size=3

@@ -112,7 +112,7 @@ def serve(
 ) -> Iterator[int]:
     """Serves every method with raw bytes; gives the port."""
     pair = pair or server_pair()
-    server = grpc.server(ThreadPoolExecutor(8), handlers=(_Generic(answer),))
+    server = grpc.server(ThreadPoolExecutor(8), handlers=[_Generic(answer)])
     if with_tls:
         credentials = grpc.ssl_server_credentials([(pair.key_pem, pair.pem)], authority().pem, True)
         port = server.add_secure_port("127.0.0.1:0", credentials)

@@ -45,6 +45,7 @@ def window(name: str = "seat-heating", **changes: Any) -> OpenWindow:
         "start_ms": 1,
         "mark_ns": 2,
         "mark_ms": 3,
+        "odometer": None,
         "odometer_m": None,
         "totals": (((("when", "day"),), 10, 2, "EDGE"),),
     }
