@@ -150,29 +150,36 @@ class Link:
         if self._server_name:
             options.append(("grpc.ssl_target_name_override", self._server_name))  # type: ignore[arg-type]
         with grpc.secure_channel(self._endpoint, credentials, options=options) as channel:
-            if not self._is_ready(channel):
-                return False
-            out: queue.SimpleQueue[pb.ConnectRequest | None] = queue.SimpleQueue()
-            call = rpc.VehicleServiceStub(channel).Connect(_drain(out))
-            with self._lock:
-                self._out, self._call = out, call
-                if self._stop.is_set():  # since the check above: nobody else would end this call
-                    call.cancel()
-            self._post(LinkUp())
-            reason, was_heard = "the cloud ended the stream", False
             try:
-                for response in call:
-                    was_heard = True
-                    self._take(response)
-            except grpc.RpcError as error:
-                reason = _describe(error)
+                return self._converse(channel)
             finally:
-                with self._lock:
-                    self._out = self._call = None
-                out.put(None)
+                # A channel that is closed under gRPC's watcher leaves a traceback of its thread.
+                time.sleep(WATCH_S)
+
+    def _converse(self, channel: grpc.Channel) -> bool:
+        if not self._is_ready(channel):
+            return False
+        out: queue.SimpleQueue[pb.ConnectRequest | None] = queue.SimpleQueue()
+        call = rpc.VehicleServiceStub(channel).Connect(_drain(out))
+        with self._lock:
+            self._out, self._call = out, call
+            if self._stop.is_set():  # since the check above: nobody else would end this call
                 call.cancel()
-            self._post(LinkDown(reason))
-            return was_heard
+        self._post(LinkUp())
+        reason, was_heard = "the cloud ended the stream", False
+        try:
+            for response in call:
+                was_heard = True
+                self._take(response)
+        except grpc.RpcError as error:
+            reason = _describe(error)
+        finally:
+            with self._lock:
+                self._out = self._call = None
+            out.put(None)
+            call.cancel()
+        self._post(LinkDown(reason))
+        return was_heard
 
     def _is_ready(self, channel: grpc.Channel) -> bool:
         """Waits for the connection; False if the link is to stop.
@@ -189,8 +196,6 @@ class Link:
             return self._await_ready(channel, states)
         finally:
             channel.unsubscribe(tell)
-            # A channel that is closed under gRPC's watcher leaves a traceback of its thread.
-            time.sleep(WATCH_S)
 
     def _await_ready(
         self, channel: grpc.Channel, states: queue.SimpleQueue[grpc.ChannelConnectivity | None]

@@ -644,7 +644,7 @@ def _tell(stage: Stage, page: Page, *, keep: bool) -> int:
 
 
 def _say_what_failed(stage: Stage, error: BaseException) -> None:
-    print(f"\nThe story ended early: {error or type(error).__name__}", file=sys.stderr)
+    print(f"\nThe story ended early: {str(error) or 'interrupted'}", file=sys.stderr)
     for program in stage.programs():
         print(f"\nlast lines of {stage.shown(stage.folder)}/logs/{program.name}.log:", file=sys.stderr)
         for line in program.log()[-LOG_LINES:]:
