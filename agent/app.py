@@ -32,7 +32,7 @@ from agent.adapters.identity import load as load_identity
 from agent.adapters.link import Link, read_ca
 from agent.adapters.local_api import ANSWER_S, LocalApi
 from agent.adapters.store import Store
-from agent.adapters.uds import FUNCTIONAL_ID, UdsClient
+from agent.adapters.uds import FUNCTIONAL_IDS, UdsClient
 from agent.config import AgentConfig, BusConfig
 from agent.engine import Engine
 from agent.errors import (
@@ -268,8 +268,7 @@ class App:
                 item: _Item | None = self._queue.get(timeout=wait_s)
             except queue.Empty:
                 item = None
-            if self._uds.is_active:
-                self._uds.poll()
+            self._uds.poll()
             match item:
                 case None:
                     if self._clock.monotonic_ns() >= self._engine.wake_ns():
@@ -329,7 +328,7 @@ class App:
         urgent: dict[str, set[tuple[int, bool]]] = {}
         for feature in rights.features.values():
             if feature.ecu is not None and feature.ecu.request_id:
-                ids = urgent.setdefault(feature.ecu.bus, {(FUNCTIONAL_ID, False)})
+                ids = urgent.setdefault(feature.ecu.bus, set(FUNCTIONAL_IDS))
                 for can_id in (feature.ecu.request_id, feature.ecu.response_id):
                     ids.add((can_id, can_id > 0x7FF))  # noqa: PLR2004 (highest 11-bit identifier)
         for name, bus in self._buses.items():
@@ -409,7 +408,12 @@ class App:
         self._post(ev.UpdateRefused(refusal.kind, str(refusal)))
 
     def _read_usage(self, first_seq: int, through_seq: int) -> None:
-        records = self._store.records(first_seq, through_seq)
+        try:
+            records = self._store.records(first_seq, through_seq)
+        except JournalError as error:
+            # The engine sends again when no receipt comes.
+            _log.error("usage cannot be read for sending; trying again later", reason=str(error))
+            return
         journal_id = self._store.journal_id()
         self._submit(self._worker, partial(self._send_usage, journal_id, records))
 

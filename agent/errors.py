@@ -86,6 +86,10 @@ class EcuSilentError(VehicleError):
     """An ECU did not answer within its time."""
 
 
+class EcuBusyError(VehicleError):
+    """Another tester speaks to the ECUs; ours would spoil its session."""
+
+
 class UnexpectedResponseError(VehicleError):
     """An ECU's answer does not have the form that was asked for."""
 

@@ -20,6 +20,7 @@ import isotp
 from udsoncan.ResponseCode import ResponseCode
 
 from agent.errors import (
+    EcuBusyError,
     EcuSilentError,
     NegativeResponseError,
     UnexpectedResponseError,
@@ -42,8 +43,10 @@ MAX_ANSWER_BYTES = 512
 """Longest answer that is taken."""
 FOREIGN_TESTER_NS = 3_000_000_000
 """How long jobs wait after another tester was heard."""
-FUNCTIONAL_ID = 0x7DF
-"""Identifier of functional requests (ISO 15765-4, 11 bits)."""
+PATIENCE_NS = 30_000_000_000
+"""How long a job waits for another tester before it is given back, to be tried again later."""
+FUNCTIONAL_IDS = frozenset({(0x7DF, False), (0x18DB33F1, True)})
+"""Identifiers of functional requests, and whether they have 29 bits (ISO 15765-4:2021, 10.5)."""
 _FLOW_CONTROL = 3
 _ECHOED_BYTES = {0x10: 1, 0x22: 2, 0x2E: 2, 0x31: 3}
 """Bytes after the SID that a positive response repeats (ISO 14229-1:2020, 10.2, 11.2, 12.7, 14.2)."""
@@ -61,6 +64,7 @@ class _Ecu:
     layer: isotp.TransportLayerLogic
     received: deque[isotp.CanMessage] = field(default_factory=deque)
     jobs: deque[RunEcu] = field(default_factory=deque)
+    waiting_ns: int = 0
     job: RunEcu | None = None
     index: int = 0
     answer: bytes = b""
@@ -97,7 +101,8 @@ class UdsClient:
     @property
     def is_active(self) -> bool:
         """True while a job is at work: `poll` is wanted every few milliseconds."""
-        return any(e.job or e.jobs for e in self._ecus.values())
+        waiting = self._monotonic_ns() < self._foreign_until_ns
+        return any(e.job or (e.jobs and not waiting) for e in self._ecus.values())
 
     def run(self, job: RunEcu) -> None:
         """Queues a job; its outcome comes through `done`."""
@@ -127,7 +132,9 @@ class UdsClient:
                 isotp.CanMessage(frame.can_id, data=frame.data, extended_id=frame.is_extended)
             )
             self.poll()
-        elif frame.can_id == FUNCTIONAL_ID or self._guard.is_request_id(frame.bus, frame.can_id):
+        elif (frame.can_id, frame.is_extended) in FUNCTIONAL_IDS or self._guard.is_request_id(
+            frame.bus, frame.can_id
+        ):
             now_ns = self._monotonic_ns()
             if now_ns >= self._foreign_until_ns:
                 _log.info("another tester speaks; ECU jobs wait", can_id=f"0x{frame.can_id:X}", bus=frame.bus)
@@ -196,8 +203,12 @@ class UdsClient:
     def _poll(self, ecu: _Ecu) -> None:
         now_ns = self._monotonic_ns()
         if ecu.job is None:
-            if not ecu.jobs or now_ns < self._foreign_until_ns:
+            if not ecu.jobs:
                 return
+            if now_ns < self._foreign_until_ns:
+                self._wait(ecu, now_ns)
+                return
+            ecu.waiting_ns = 0
             ecu.job, ecu.index = ecu.jobs.popleft(), 0
             self._begin_request(ecu, now_ns)
         while ecu.job is not None:
@@ -220,6 +231,15 @@ class UdsClient:
                 self._end(ecu, EcuSilentError(f"{ecu.spec.identifier} did not answer within {wait_ms} ms"))
             else:
                 return
+
+    def _wait(self, ecu: _Ecu, now_ns: int) -> None:
+        """Lets another tester speak, but not for ever: whoever waits for the job must hear of it."""
+        ecu.waiting_ns = ecu.waiting_ns or now_ns
+        if now_ns - ecu.waiting_ns >= PATIENCE_NS:
+            ecu.waiting_ns = 0
+            seconds = PATIENCE_NS // 1_000_000_000
+            error = EcuBusyError(f"{ecu.spec.identifier}: another tester has spoken for {seconds} s")
+            self._done(EcuDone(ecu.jobs.popleft().feature_id, b"", error))
 
     def _begin_request(self, ecu: _Ecu, now_ns: int) -> None:
         assert ecu.job is not None

@@ -41,6 +41,7 @@ MAX_HOLD_S = 604_800  # a week
 MAX_READ_BACK_INTERVAL_S = 3_600
 MAX_RELEASE = 2**32 - 1
 MAX_FEATURE_NUMBER = 2**16 - 1
+MAX_STANDARD_ID = 0x7FF
 MAX_CAN_ID = 2**29 - 1
 MAX_DID = 0xFFFF
 MAX_SESSION = 0x7F
@@ -230,13 +231,12 @@ def _ecu(table: _Table, *, is_token: bool) -> EcuSpec | None:
     hardware_id = table.text("hardware_id", _NAME)
     if not is_token:
         return None
-    return EcuSpec(
-        identifier,
-        hardware_id,
-        table.text("bus", _NAME),
-        table.number("request_id", 0, MAX_CAN_ID),
-        table.number("response_id", 0, MAX_CAN_ID),
-    )
+    request_id = table.number("request_id", 0, MAX_CAN_ID)
+    response_id = table.number("response_id", 0, MAX_CAN_ID)
+    if request_id == response_id or (request_id > MAX_STANDARD_ID) != (response_id > MAX_STANDARD_ID):
+        expected = "another identifier than the request's, of the same length (11 or 29 bits)"
+        table.note("response_id", expected, f"0x{response_id:X} beside 0x{request_id:X}")
+    return EcuSpec(identifier, hardware_id, table.text("bus", _NAME), request_id, response_id)
 
 
 def _request(actuator: _Table, key: str) -> bytes:

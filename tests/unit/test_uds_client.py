@@ -23,6 +23,7 @@ from support.edge_ecu import (
 
 from agent.adapters import uds
 from agent.errors import (
+    EcuBusyError,
     EcuSilentError,
     GuardRefusal,
     NegativeResponseError,
@@ -245,7 +246,7 @@ def test_two_ecus_answering_on_one_identifier_spoil_the_job() -> None:
     assert isinstance(done.error, UnexpectedResponseError)
 
 
-@pytest.mark.parametrize("can_id", [uds.FUNCTIONAL_ID, SEAT.request_id])
+@pytest.mark.parametrize("can_id", [0x7DF, SEAT.request_id])
 def test_jobs_wait_while_another_tester_speaks(can_id: int) -> None:
     bench = Bench(obedient())
     bench.hear(b"\x02\x3e\x80", can_id)
@@ -254,17 +255,29 @@ def test_jobs_wait_while_another_tester_speaks(can_id: int) -> None:
     assert bench.sent == []
     bench.hear(b"\x02\x3e\x80", can_id)
     bench.pass_s(2.9)
-    assert (bench.sent, bench.client.is_active) == ([], True)
+    assert (bench.sent, bench.outcomes) == ([], [])
     bench.pass_s(0.1)
     bench.settle()
     assert [o.error for o in bench.outcomes] == [None]
+
+
+def test_a_tester_that_never_stops_gives_the_job_back_with_the_reason() -> None:
+    bench = Bench(obedient())
+    bench.hear(b"\x02\x3e\x80", 0x7DF)
+    bench.start(READ)
+    for _ in range(16):
+        bench.pass_s(2.0)
+        bench.hear(b"\x02\x3e\x80", 0x7DF)
+    (done,) = bench.outcomes
+    assert isinstance(done.error, EcuBusyError)
+    assert bench.sent == []
 
 
 @pytest.mark.parametrize(
     "frame",
     [
         Frame("body", SEAT.request_id, b"\x02\x3e\x80", is_extended=True),
-        Frame("body", uds.FUNCTIONAL_ID, b"\x02\x3e\x80", is_extended=True),
+        Frame("body", 0x7DF, b"\x02\x3e\x80", is_extended=True),
         Frame("power", SEAT.request_id, b"\x02\x3e\x80"),
         Frame("body", 0x123, b"\x02\x3e\x80"),
     ],
