@@ -88,8 +88,8 @@ def _enroll(config: AgentConfig, arguments: argparse.Namespace) -> int:
     directory = config.state.directory
     if identity.load(directory) is not None:
         raise AgentError(
-            f"this vehicle is enrolled already ({directory / identity.CERTIFICATE_FILE}); a second"
-            " enrolment needs the operator: remove that file once there is a new claim"
+            f"this vehicle is enrolled already ({directory / identity.CERTIFICATE_FILE});"
+            " nothing was changed"
         )
     key = identity.make_key(directory)
     request = pb.EnrollRequest(
@@ -261,7 +261,11 @@ def _check(config: AgentConfig, arguments: argparse.Namespace) -> int:
             ],
         }
     report["buses"] = buses
-    for check in (lambda: receipt_key(config.trust.receipt_key), lambda: check_anchors(anchors(config))):
+    for check in (
+        lambda: receipt_key(config.trust.receipt_key),
+        lambda: check_anchors(anchors(config)),
+        lambda: _stored_status(config),
+    ):
         try:
             check()
         except AgentError as error:

@@ -180,6 +180,8 @@ class Meter:
         self._status = None if self._unknown else self._judge()
         if self.spec.kind is MeterKind.DURATION:
             self._total(self._key()).add_gap(unsure_ns, "EDGE")
+        elif self._unknown:
+            self._declare_edges("SIGNAL")
         else:
             self._open_segment()
 
@@ -278,6 +280,8 @@ class Meter:
         """
         if until_ns > self.mark_ns:
             key = self._key()
+            if not self._unknown and reason != "EDGE":
+                self._declare_edges(reason)
             first_m, first_ns = self.odometer_m, self._odometer_at_ns
             self._absorb(until_ns)
             if self.spec.kind is MeterKind.DURATION:
@@ -368,8 +372,12 @@ class Meter:
         if self._status is None or self.odometer_m is None:
             return
         self._segment = _Segment(self.odometer_m, self.mark_ns)
-        # A step at each edge, and one for the age of the readings around them.
-        self._total(self._status).add_gap(3 * self.step_m(), "EDGE")
+        self._declare_edges("EDGE")
+
+    def _declare_edges(self, reason: str) -> None:
+        """Declares a step at each edge of a run, and one for the age of the readings around them."""
+        if self.spec.kind is MeterKind.DISTANCE:
+            self._total(self._key()).add_gap(3 * self.step_m(), reason)
 
     def _odometer(self, reading_m: int | None, change: SignalChange) -> None:
         """Takes a reading; what it adds is billed once the status is known to have held."""

@@ -114,9 +114,7 @@ def truth_and_meter(life: Life, name: str) -> tuple[float, int, int]:
 def test_the_truth_lies_between_value_and_value_plus_gap(life: Life, name: str) -> None:
     truth, value, gap = truth_and_meter(life, name)
     assert value <= truth + 1e-6, f"{name}: billed {value}, truth {truth}"
-    # A distance is known to the readings' age at the very end of a life.
-    slack = 4 if SPECS[name].kind is MeterKind.DISTANCE else 1e-6
-    assert truth <= value + gap + slack, f"{name}: truth {truth}, declared up to {value + gap}"
+    assert truth <= value + gap + 1e-6, f"{name}: truth {truth}, declared up to {value + gap}"
 
 
 def test_with_every_frame_the_shortfall_is_only_edges() -> None:
