@@ -88,8 +88,7 @@ def _enroll(config: AgentConfig, arguments: argparse.Namespace) -> int:
     directory = config.state.directory
     if identity.load(directory) is not None:
         raise AgentError(
-            f"this vehicle is enrolled already ({directory / identity.CERTIFICATE_FILE});"
-            " nothing was changed"
+            f"this vehicle is enrolled already ({directory / identity.CERTIFICATE_FILE}); nothing was changed"
         )
     key = identity.make_key(directory)
     request = pb.EnrollRequest(
