@@ -193,10 +193,13 @@ class App:
     def _verify_stored(self, as_of_ms: int) -> Verdict | None:
         """Verifies the stored state; a damaged one is named, and not used."""
         try:
-            return verify_stored(
+            verdict = verify_stored(
                 self._trusted, vin=self._config.vehicle.vin, as_of_ms=as_of_ms, floors=self._stored_floors
             )
-        except TrustError as error:
+            for feature in verdict.rights.features.values():
+                check_conditions(feature)
+            return verdict
+        except (TrustError, ConditionError) as error:
             _log.error(
                 "stored rights are not valid and are not used; the cloud will send them anew",
                 error=error.kind,
@@ -399,7 +402,8 @@ class App:
                 refusal = error
                 break
             else:
-                new_epoch = starts_new_epoch(verdict, self._verified_floors)
+                # Against what is on disk: a verdict that was dropped on its way has begun no epoch.
+                new_epoch = starts_new_epoch(verdict, self._stored_floors)
                 # The next update builds on this one, even before it is on disk.
                 self._trusted = verdict.state
                 self._verified_floors = floors_after(verdict, self._verified_floors)
@@ -436,18 +440,24 @@ class App:
             return
 
         def keep() -> None:
-            held = self._store.record_hash(receipt.through_seq)
-            if held != receipt.head_hash:
-                _log.error(
-                    "receipt refused: the cloud holds another record at its end; the records are kept",
-                    through_seq=receipt.through_seq,
-                )
-                return
-            self._store.store_receipt(receipt.through_seq, signed.receipt, signed.signature)
-            self._post(ev.ReceiptStored(receipt.through_seq))
-            _log.info("signed receipt for usage", through_seq=receipt.through_seq)
+            try:
+                self._keep_receipt(receipt, signed)
+            except JournalError as error:
+                _log.error("receipt cannot be kept; the cloud will repeat it", reason=str(error))
 
         self._submit(self._writer, keep)
+
+    def _keep_receipt(self, receipt: usage_pb2.UsageReceipt, signed: usage_pb2.SignedUsageReceipt) -> None:
+        held = self._store.record_hash(receipt.through_seq)
+        if held != receipt.head_hash:
+            _log.error(
+                "receipt refused: the cloud holds another record at its end; the records are kept",
+                through_seq=receipt.through_seq,
+            )
+            return
+        self._store.store_receipt(receipt.through_seq, signed.receipt, signed.signature)
+        self._post(ev.ReceiptStored(receipt.through_seq))
+        _log.info("signed receipt for usage", through_seq=receipt.through_seq)
 
     def _verified_receipt(self, signed: usage_pb2.SignedUsageReceipt) -> usage_pb2.UsageReceipt:
         try:

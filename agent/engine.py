@@ -11,8 +11,9 @@ unknown (a stale signal, an ECU that was not read) switches nothing on.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from agent import events as ev
 from agent.errors import IllegalTransitionError, NegativeResponseError, VehicleError
@@ -20,6 +21,7 @@ from agent.features.conditions import Condition
 from agent.features.guard import activation_request, read_back_request, session_request
 from agent.features.lifecycle import METERED, Action, Event, State, transition
 from agent.metering.ledger import Ledger
+from agent.metering.meter import OpenWindow
 from agent.model import (
     ActuatorKind,
     Entitlement,
@@ -28,8 +30,10 @@ from agent.model import (
     SignalInfo,
     SignalValue,
     Token,
+    TrustBytes,
     TrustedTime,
     Versions,
+    odometer_metres,
 )
 from agent.signals.state import SignalState
 from agent.trust.clock import TrustedClock
@@ -41,6 +45,8 @@ BATCH_RECORDS = 500
 """Records in one upload."""
 NONCE_AGE_NS = 60 * 1_000_000_000
 """Age at which an unused nonce is replaced: it bounds the time's uncertainty."""
+NONCE_BURST, NONCE_BURST_NS = 60, 60 * 1_000_000_000
+"""At most so many nonces in that time, whatever the cloud answers."""
 UPLOAD_TIMEOUT_NS = 30 * 1_000_000_000
 """How long an upload waits for its receipt before it is sent again."""
 BACKOFF_NS = tuple(s * 1_000_000_000 for s in (1, 2, 5, 15, 60))
@@ -79,6 +85,8 @@ class _Feature:
     read_back_ns: int = 0
     arrived_ns: int = 0
     asked_ns: int = 0
+    may_be_on: bool = False
+    missed: bool = False
     activation_ms: int = 0
     nrc: int = 0
 
@@ -131,9 +139,12 @@ class Engine:
         self._director = Versions()
         self._catalogue = Versions()
         self._upload = _Upload()
-        # The store may hold open windows: the first checkpoint replaces them.
-        self._had_windows = True
-        self._after: dict[int, ev.Command] = {}
+        self._stored_windows: tuple[OpenWindow, ...] = ()
+        self._after: dict[int, ev.RunEcu] = {}
+        self._next_update: TrustBytes | None = None
+        self._verifying = False
+        self._nonce_wanted = self._nonce_asked = False
+        self._nonces_made_ns: deque[int] = deque(maxlen=NONCE_BURST)
         self._checkpoint_due_ns = 0
         self._window_due_ns = 0
         self._link = False
@@ -187,30 +198,36 @@ class Engine:
                 self._nonces.clear()
                 self._upload.in_flight = False
                 self._reported = None
-                self._out.append(ev.MakeNonce())
+                self._next_update = None
+                self._nonce_asked = False
+                self._want_nonce()
             case ev.LinkDown(reason):
                 self._link = self._greeted = False
                 self._upload.in_flight = False
                 self._nonces.clear()
                 self._say("warning", "cloud is out of reach; going on with the stored rights", reason=reason)
             case ev.UpdateArrived(update):
-                nonces = tuple(nonce for nonce, _ in reversed(self._nonces))
-                self._out.append(ev.Verify(update, nonces, self._time(now_ns).unix_ms))
+                # One at a time, and of those that wait only the latest: a flood costs no memory.
+                self._next_update = update
             case ev.UpdateVerified():
                 self._verified(event, now_ns)
             case ev.UpdateRefused(kind, reason):
+                self._verifying = False
                 self._refused(kind, reason)
             case ev.Persisted(number):
                 self._persisted(number, now_ns)
             case ev.EcuDone():
                 self._ecu_done(event, now_ns)
             case ev.ReceiptStored(through_seq):
-                self._upload.acked_seq = max(self._upload.acked_seq, through_seq)
-                self._upload.in_flight = False
+                if through_seq > self._upload.acked_seq:
+                    self._upload.acked_seq = through_seq
+                    self._upload.in_flight = False
             case ev.UsageRefused(kind, reason, through):
                 self._say("error", "cloud refused usage; the records are kept", error=kind, reason=reason)
-                if self._upload.acked_seq < through <= self._upload.stored_seq:
-                    self._upload.acked_seq = through
+                # Nobody signed this: it may have records sent again, which is harmless, but skip none.
+                if through < self._upload.acked_seq:
+                    self._upload.acked_seq = max(0, through)
+                    self._upload.in_flight = False
             case ev.Ticked():
                 pass
             case ev.Stopping():
@@ -239,6 +256,7 @@ class Engine:
     def _nonce_made(self, nonce: bytes, now_ns: int) -> None:
         if not self._link:
             return
+        self._nonce_asked = self._nonce_wanted = False
         self._nonces = [*self._nonces[-1:], (nonce, now_ns)]
         if self._greeted:
             self._out.append(ev.OfferNonce(nonce))
@@ -248,7 +266,12 @@ class Engine:
                 ev.SendHello(nonce, self._director, self._catalogue, self._ledger.head.journal_id)
             )
 
+    def _want_nonce(self) -> None:
+        """Asks for a nonce soon: each invites an answer that has to be verified and stored."""
+        self._nonce_wanted = True
+
     def _verified(self, event: ev.UpdateVerified, now_ns: int) -> None:
+        self._verifying = False
         sent_ns = next((t for n, t in self._nonces if n == event.nonce), None)
         if sent_ns is None:
             self._refused("ReplayError", "the link ended while its answer was verified; asking again")
@@ -262,19 +285,19 @@ class Engine:
         self._waiting[command.number] = command
         self._out.append(command)
         if not self._nonces:
-            self._out.append(ev.MakeNonce())
+            self._want_nonce()
 
     def _refused(self, kind: str, reason: str) -> None:
         self._last_refusal = f"{kind}: {reason}"
         self._say("error", "update refused; the trusted state is unchanged", error=kind, reason=reason)
         if self._link:
             self._out.append(ev.SendResult(self._director, self._catalogue, kind, reason))
-            self._out.append(ev.MakeNonce())
+            self._want_nonce()
 
     def _persisted(self, number: int, now_ns: int) -> None:
         after = self._after.pop(number, None)
         if after is not None:
-            self._out.append(after)
+            self._send_activation(after, now_ns)
         match self._waiting.pop(number, None):
             case ev.StoreTrust(_, verdict, _, _):
                 changed = verdict.rights.version != self._rights.version
@@ -308,6 +331,11 @@ class Engine:
             elif known.spec.sha256 != spec.sha256:
                 known.activate_when, known.release_when = _compile(spec)
                 known.spec = spec
+                if self._ledger.is_metering(feature_id):
+                    # Other meters may count from here on: what the old ones counted is closed.
+                    self._ledger.stop(feature_id, now_ns=now_ns, now=self._time(now_ns))
+                    if known.entitlement is not None:
+                        self._start_meters(known, now_ns)
             entitlement = rights.entitlements.get(feature_id)
             if entitlement is not None and (
                 known.entitlement is None or known.entitlement.entitlement_id != entitlement.entitlement_id
@@ -315,10 +343,16 @@ class Engine:
                 known.arrived_ns, known.activation_ms = now_ns, 0
             if entitlement is not None:
                 known.entitlement = entitlement
+            if self._ledger.is_metering(feature_id) and known.entitlement is not None:
+                # What is used from here on is used under the new right.
+                self._start_meters(known, now_ns)
             token = rights.tokens.get(feature_id)
             if token is not None and (known.token is None or known.token.sha256 != token.sha256):
                 known.failures, known.retry_ns = 0, 0
             known.token = token
+        for feature_id, known in self._features.items():
+            if feature_id not in rights.features:
+                known.token = None
         self._allow(now_ns, force=True)
 
     def _new_feature(self, spec: FeatureSpec, now_ns: int) -> _Feature:
@@ -341,7 +375,9 @@ class Engine:
         live = frozenset(f for f, feature in self._features.items() if self._right(feature, now_ns)[0])
         if force or live != self._live:
             self._live = live
-            self._out.append(ev.Allow(self._rights, live))
+            # What is known of features that the set no longer names still says how to release them.
+            specs = {feature_id: feature.spec for feature_id, feature in self._features.items()}
+            self._out.append(ev.Allow(replace(self._rights, features=specs), live))
 
     # --- features --------------------------------------------------------------
 
@@ -367,8 +403,7 @@ class Engine:
         return True, False, right.reason
 
     def _odometer(self, now_ns: int) -> int | None:
-        value = self._signals.value("Vehicle.TraveledDistance", now_ns)
-        return round(float(value) * 1000) if isinstance(value, int | float) else None
+        return odometer_metres(self._signals.value("Vehicle.TraveledDistance", now_ns))
 
     def _evaluate_all(self, now_ns: int) -> None:
         self._allow(now_ns)
@@ -389,11 +424,12 @@ class Engine:
         if state is State.SUSPENDED or state is State.LOCKED:
             if live:
                 return Event.ENTITLED, why
-            if state is State.SUSPENDED:
-                return (None if rests else Event.ENDED), why
-            if rests:
-                return Event.SUSPENDED, why
-            return self._derive_locked(feature, why, now_ns)
+            found = self._derive_locked(feature, why, now_ns)
+            if found[0] is not None or feature.ecu is None:
+                return found
+            if rests is (state is State.SUSPENDED):
+                return None, why
+            return lost, why
         if state is State.HELD:
             return (Event.ENTITLED, why) if live else self._derive_held(feature, why, now_ns)
         if state is State.DEACTIVATING:
@@ -408,6 +444,8 @@ class Engine:
             return None, ""
         if feature.error is not None:
             return Event.DENIED, str(feature.error)
+        if state is State.ACTIVATING and feature.missed:
+            return Event.MISSED, "it was no longer time to switch it on"
         if state is State.ACTIVATING:
             on = feature.ecu is not None and feature.ecu.on
             return (Event.CONFIRMED, why) if on else (Event.DENIED, "the ECU reports it off all the same")
@@ -484,6 +522,7 @@ class Engine:
         before, feature.state = feature.state, state
         feature.reason = why or feature.reason
         feature.error = None
+        feature.missed = False
         if state is not before:
             feature.since_ms = self._time(now_ns).unix_ms
             if state is State.HELD:
@@ -566,6 +605,17 @@ class Engine:
         )
         self._after[self._checkpoint(now_ns)] = command
 
+    def _send_activation(self, command: ev.RunEcu, now_ns: int) -> None:
+        """Sends what waited for the disk, if it is still time for it."""
+        feature = self._features[command.feature_id]
+        ready = self._holds(feature.activate_when, now_ns) is True and self._right(feature, now_ns)[0]
+        if feature.state is State.ACTIVATING and ready:
+            feature.may_be_on = True
+            self._out.append(command)
+            return
+        feature.busy, feature.missed = False, True
+        self._ledger.disarm(command.feature_id)
+
     def _release(self, feature: _Feature) -> None:
         if feature.spec.kind is ActuatorKind.NONE:
             feature.ecu = _EcuView(on=False, counter=None)
@@ -581,10 +631,12 @@ class Engine:
         if feature is None:
             return
         feature.busy = False
+        now = self._time(now_ns)
         feature.read_back_ns = now_ns + feature.spec.read_back_interval_s * 1_000_000_000
         if event.error is not None:
             feature.error = event.error
             feature.nrc = event.error.nrc if isinstance(event.error, NegativeResponseError) else 0
+            feature.may_be_on &= not feature.nrc
             self._say("warning", str(event.error), feature=event.feature_id, error=event.error.kind)
             if feature.state is State.LOCKED:
                 # Nothing is at stake: ask again later.
@@ -598,10 +650,19 @@ class Engine:
             )
             return
         feature.ecu = view
-        if not view.on:
-            self._ledger.disarm(event.feature_id)
-            if feature.state not in METERED:
-                self._stop_meters(feature, now_ns)
+        if view.on:
+            self._ledger.confirm(event.feature_id, now_ns)
+            if feature.state in METERED and self._ledger.is_armed(event.feature_id):
+                # Its right ended while the ECU was asked: it is held, and metered while it is.
+                self._start_meters(feature, now_ns)
+            return
+        if feature.may_be_on:
+            self._ledger.seen_off(event.feature_id, now_ns=now_ns, now=now)
+            self._checkpoint_due_ns = now_ns
+        self._ledger.disarm(event.feature_id)
+        feature.may_be_on = False
+        if feature.state not in METERED:
+            self._stop_meters(feature, now_ns)
 
     # --- metering ------------------------------------------------------------------
 
@@ -615,7 +676,7 @@ class Engine:
             now_ns=now_ns,
             now=self._time(now_ns),
         )
-        feature.asked_ns = 0
+        feature.asked_ns, feature.may_be_on = 0, False
         self._checkpoint_due_ns = now_ns
 
     def _stop_meters(self, feature: _Feature, now_ns: int) -> None:
@@ -638,7 +699,8 @@ class Engine:
             self._ledger.close_windows(self._time(now_ns))
         if force or now_ns >= self._checkpoint_due_ns:
             self._checkpoint_due_ns = now_ns + self._checkpoint_ns
-            if self._had_windows or not self._ledger.is_empty:
+            windows = self._ledger.open_windows(now_ns=now_ns, now=self._time(now_ns))
+            if self._ledger.unsaved or windows != self._stored_windows:
                 self._checkpoint(now_ns)
 
     def _checkpoint(self, now_ns: int) -> int:
@@ -646,7 +708,7 @@ class Engine:
         self._checkpoint_due_ns = now_ns + self._checkpoint_ns
         now = self._time(now_ns)
         windows = self._ledger.open_windows(now_ns=now_ns, now=now)
-        self._had_windows = bool(windows)
+        self._stored_windows = windows
         records = tuple(self._ledger.unsaved)
         self._ledger.unsaved.clear()
         command = ev.StoreUsage(self._next_number(), records, windows, dict(self._ledger.used), now.unix_ms)
@@ -657,11 +719,22 @@ class Engine:
     # --- cloud -----------------------------------------------------------------------
 
     def _send(self, now_ns: int) -> None:
-        if not (self._link and self._greeted):
+        if not self._link:
+            return
+        if self._next_update is not None and not self._verifying:
+            update, self._next_update, self._verifying = self._next_update, None, True
+            nonces = tuple(nonce for nonce, _ in reversed(self._nonces))
+            self._out.append(ev.Verify(update, nonces, self._time(now_ns).unix_ms))
+        made_ns = self._nonces_made_ns
+        spent = len(made_ns) == NONCE_BURST and now_ns - made_ns[0] < NONCE_BURST_NS
+        if self._nonce_wanted and not self._nonce_asked and not spent:
+            self._nonce_wanted, self._nonce_asked = False, True
+            made_ns.append(now_ns)
+            self._out.append(ev.MakeNonce())
+        if not self._greeted:
             return
         if self._nonces and now_ns - self._nonces[-1][1] >= NONCE_AGE_NS:
-            self._nonces[-1] = (self._nonces[-1][0], now_ns)
-            self._out.append(ev.MakeNonce())
+            self._want_nonce()
         views = self.features()
         if views != self._reported:
             self._reported = views

@@ -275,6 +275,11 @@ class RunEcu:
     requests: tuple[bytes, ...]
     trace_id: str
 
+    @property
+    def switches(self) -> bool:
+        """Whether it changes what the ECU does; a read does not."""
+        return len(self.requests) > 1
+
 
 @dataclass(frozen=True, slots=True)
 class StoreUsage:

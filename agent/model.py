@@ -13,6 +13,17 @@ from dataclasses import dataclass, field
 
 SignalValue = float | int | str | bool
 
+MAX_ODOMETER_M = 10_000_000_000
+"""Ten million kilometres: what is beyond it is no odometer reading."""
+
+
+def odometer_metres(value: SignalValue | None) -> int | None:
+    """Whole metres from an odometer in kilometres (VSS); None if it is no such reading."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return round(value * 1000) if 0 <= value * 1000 <= MAX_ODOMETER_M else None
+
+
 # --- bus and signals ---------------------------------------------------------
 
 

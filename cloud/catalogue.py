@@ -41,15 +41,9 @@ class Catalogue:
         releases: feature id -> its releases, oldest first.
     """
 
-    root_version: int
-    root: bytes
     targets_version: int
     targets: bytes
     releases: Mapping[str, tuple[Release, ...]]
-
-    def release(self, path: str) -> Release:
-        """The release at a target path that this catalogue lists."""
-        return next(r for group in self.releases.values() for r in group if r.path == path)
 
 
 @dataclass(frozen=True)
@@ -64,7 +58,7 @@ class Fresh:
     expires_ms: int
 
 
-def load(repository: Path, root_bytes: bytes, root: Metadata[Root]) -> Catalogue:
+def load(repository: Path, root: Metadata[Root]) -> Catalogue:
     """Reads the newest targets metadata and every file that it lists.
 
     Raises:
@@ -96,8 +90,6 @@ def load(repository: Path, root_bytes: bytes, root: Metadata[Root]) -> Catalogue
         release = _release(target_path, feature)
         releases.setdefault(release.feature_id, []).append(release)
     return Catalogue(
-        root_version=root.signed.version,
-        root=root_bytes,
         targets_version=metadata.signed.version,
         targets=content,
         releases={f: tuple(sorted(group, key=lambda r: r.release)) for f, group in releases.items()},

@@ -46,7 +46,11 @@ class Store:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Table [catalogue]: the offline-signed repository and the two online keys."""
+    """Table [catalogue]: the offline-signed repository and the two online keys.
+
+    `root`, here and in [director], is one root file, or a folder of N.root.json from the first one
+    that vehicles were built with.
+    """
 
     repository: Path = option()
     snapshot_key: Path = option()

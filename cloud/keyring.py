@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,20 +22,27 @@ from cloud.errors import StartError
 
 MAX_KEY_FILE_BYTES = 65_536
 """Largest key, certificate or root file that is read."""
+MAX_ROOTS = 32
+"""Most root files of one repository: what a vehicle takes in one update."""
 
 
 @dataclass(frozen=True)
 class OnlineKeys:
-    """A repository's root and the two keys that sign its freshness.
+    """A repository's roots and the two keys that sign its freshness.
 
     Args:
-        root_bytes: the root as signed.
+        roots: version -> root as signed, oldest first, without a hole.
+        root: the newest.
     """
 
-    root_bytes: bytes
+    roots: Mapping[int, bytes]
     root: Metadata[Root]
     timestamp: CryptoSigner
     snapshot: CryptoSigner
+
+    def roots_after(self, version: int) -> list[bytes]:
+        """The roots that lead on from a version, in order (TUF 1.0.34, section 5.3)."""
+        return [content for number, content in self.roots.items() if number > version]
 
 
 @dataclass(frozen=True)
@@ -57,19 +66,19 @@ def load(settings: CloudConfig) -> Keyring:
             or certificate names.
     """
     director, catalogue = settings.director, settings.catalogue
-    director_root = load_root(director.root)
-    catalogue_root = load_root(catalogue.root)
+    director_roots, director_root = load_roots(director.root)
+    catalogue_roots, catalogue_root = load_roots(catalogue.root)
     authority = _certificate(settings.enrolment.ca_certificate)
     return Keyring(
         director=OnlineKeys(
-            _read(director.root),
+            director_roots,
             director_root,
             _signer(director.timestamp_key, director_root.signed, Timestamp.type),
             _signer(director.snapshot_key, director_root.signed, Snapshot.type),
         ),
         director_targets=_signer(director.targets_key, director_root.signed, Targets.type),
         catalogue=OnlineKeys(
-            _read(catalogue.root),
+            catalogue_roots,
             catalogue_root,
             _signer(catalogue.timestamp_key, catalogue_root.signed, Timestamp.type),
             _signer(catalogue.snapshot_key, catalogue_root.signed, Snapshot.type),
@@ -79,6 +88,31 @@ def load(settings: CloudConfig) -> Keyring:
         enrolment_ca=authority,
         enrolment_key=_authority_key(settings.enrolment.ca_key, authority),
     )
+
+
+def load_roots(path: Path) -> tuple[dict[int, bytes], Metadata[Root]]:
+    """Reads one root file, or a folder of N.root.json, each signed by the keys of the one before it.
+
+    Returns:
+        the roots by version, oldest first, and the newest.
+
+    Raises:
+        StartError: there is none, too many, a hole, or one that the chain does not sign.
+    """
+    files = sorted(path.glob("*.root.json")) if path.is_dir() else [path]
+    if not 1 <= len(files) <= MAX_ROOTS:
+        raise StartError(f"{path}: expected 1 to {MAX_ROOTS} files N.root.json, found {len(files)}")
+    loaded = sorted(((load_root(file), file) for file in files), key=lambda pair: pair[0].signed.version)
+    for (older, _), (newer, file) in itertools.pairwise(loaded):
+        if newer.signed.version != older.signed.version + 1:
+            raise StartError(
+                f"{file}: version {newer.signed.version} follows {older.signed.version}; there must be no hole"
+            )
+        try:
+            older.verify_delegate(Root.type, newer)
+        except RepositoryError as error:
+            raise StartError(f"{file}: not signed by the keys of the root before it: {error}") from error
+    return {root.signed.version: _read(file) for root, file in loaded}, loaded[-1][0]
 
 
 def load_root(path: Path) -> Metadata[Root]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cloud.model import IDENTIFIER_PATTERN
+from cloud.model import IDENTIFIER_PATTERN, Release
 from common import config
 from common.config import ConfigError, option
 
@@ -125,6 +125,12 @@ class Plan:
             yield "renews", "only a subscription renews"
         if self.kind is PlanKind.PERPETUAL and (self.ignition_cycles or self.operating_s):
             yield "kind", "what was bought outright has no limit"
+        if self.kind is PlanKind.PREPAID:
+            yield "kind", "prepaid is not offered: the price list has no quotas yet that would end it"
+        if self.kind is PlanKind.PAY_PER_USE and not self.use_prices:
+            yield "use_prices", "missing; without one a plan of kind pay-per-use gives its feature away"
+        if self.kind is PlanKind.TRIAL and (self.price_minor or self.use_prices):
+            yield "kind", "a trial costs nothing: price_minor is 0, and there are no use_prices"
         meters = [p.meter for p in self.use_prices]
         if len(meters) > MAX_USE_PRICES:
             yield "use_prices", f"{len(meters)} prices are more than the limit of {MAX_USE_PRICES}"
@@ -142,13 +148,12 @@ class _PlanFile:
             yield "plans", f"plan {plan_id} occurs more than once"
 
 
-def read(path: Path, limited: Mapping[str, bool], meters: Mapping[str, frozenset[str]]) -> dict[str, Plan]:
+def read(path: Path, releases: Mapping[str, Sequence[Release]]) -> dict[str, Plan]:
     """Reads the price list and checks it against the catalogue.
 
     Args:
-        limited: feature id -> True if an ECU verifies its tokens, so that a
-            right to it that is not perpetual needs a limit of the ECU's own.
-        meters: feature id -> ids of its meters.
+        releases: feature id -> its releases, oldest first. Those count that a
+            vehicle may be granted: the newest of each hardware.
 
     Returns:
         the plans by id.
@@ -156,25 +161,34 @@ def read(path: Path, limited: Mapping[str, bool], meters: Mapping[str, frozenset
     Raises:
         ConfigError: for all problems together.
     """
-    plans = config.read(path, _PlanFile).plans
     problems = []
+    plans = config.read(path, _PlanFile).plans
     for number, plan in enumerate(plans):
         where = f"{path}: plans[{number}] ({plan.id})"
-        if plan.feature not in limited:
+        if plan.feature not in releases:
             problems.append(f"{where}: feature: {plan.feature} is not in the catalogue")
             continue
-        measured = plan.ignition_cycles or plan.operating_s
-        if limited[plan.feature] and plan.kind is not PlanKind.PERPETUAL and not measured:
-            problems.append(
-                f"{where}: ignition_cycles: a right that is not perpetual needs ignition_cycles or "
-                "operating_s, which the ECU measures by itself"
-            )
-        for price in plan.use_prices:
-            if price.meter not in meters[plan.feature]:
-                known = ", ".join(sorted(meters[plan.feature])) or "none"
-                problems.append(
-                    f"{where}: use_prices: {price.meter} is no meter of {plan.feature}; known: {known}"
-                )
+        offered = {r.hardware_id: r for r in releases[plan.feature]}
+        for release in offered.values():
+            problems.extend(f"{where}: {what}" for what in _misfits(plan, release))
     if problems:
         raise ConfigError(problems)
     return {plan.id: plan for plan in plans}
+
+
+def _misfits(plan: Plan, release: Release) -> Iterator[str]:
+    """Why a plan cannot be granted with this release."""
+    name = f"{plan.feature} release {release.release}"
+    limits = [n for n in ("ignition_cycles", "operating_s") if getattr(plan, n)]
+    if release.feature_number and plan.kind is not PlanKind.PERPETUAL and not limits:
+        yield (
+            "ignition_cycles: a right that is not perpetual needs ignition_cycles or operating_s, which the "
+            f"ECU of {name} measures by itself"
+        )
+    if not release.feature_number:
+        for limit in limits:
+            yield f"{limit}: no ECU measures it, because {name} has an actuator of kind none"
+    for price in plan.use_prices:
+        if price.meter not in release.meters:
+            known = ", ".join(sorted(release.meters)) or "none"
+            yield f"use_prices: {price.meter} is no meter of {name}; known: {known}"

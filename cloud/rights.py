@@ -15,7 +15,7 @@ from datetime import timedelta
 from cloud import catalogue as catalogue_module
 from cloud import director, token
 from cloud.catalogue import Catalogue, Fresh
-from cloud.errors import ExistsError, NotFoundError, NotPossibleError
+from cloud.errors import ExistsError, NotFoundError, NotPossibleError, StartError
 from cloud.keyring import Keyring
 from cloud.model import HEAD_UNIT, Ecu, Release, Versions
 from cloud.plans import Period, Plan, PlanKind, Resale
@@ -102,6 +102,7 @@ class Rights:
                 its trial, or the feature is withdrawn.
         """
         known_vehicle(tx, vin)
+        self.refresh(tx, vin, now_ms)  # a right that has run out blocks no new one
         plan = self._plans.get(plan_id)
         if plan is None:
             raise NotFoundError(
@@ -217,8 +218,7 @@ class Rights:
             timestamp_key=keys.timestamp,
             now_ms=now_ms,
         )
-        if keys.root.signed.version > has_director.root:
-            update.director.roots.append(keys.root_bytes)
+        update.director.roots.extend(keys.roots_after(has_director.root))
         if row.version > has_director.snapshot:
             update.director.snapshot = row.snapshot
         if row.version > has_director.targets:
@@ -237,12 +237,13 @@ class Rights:
     def _add_targets(
         self, tx: Transaction, vin: str, row: SetRow, update: vehicle_service_pb2.TrustUpdate
     ) -> None:
+        # What the signed set lists, not what is newest now: the catalogue may have grown since.
+        listed = json.loads(row.targets)["signed"]["targets"]
         update.director_targets.add(path=director.ENTITLEMENTS_PATH, content=row.entitlements)
         for signed in tx.tokens(vin):
             path = director.token_path(signed.ecu_identifier, signed.feature_id)
-            update.director_targets.add(path=path, content=signed.content)
-        # What the signed set lists, not what is newest now: the catalogue may have grown since.
-        listed = json.loads(row.targets)["signed"]["targets"]
+            if path in listed:
+                update.director_targets.add(path=path, content=signed.content)
         for releases in self._catalogue.releases.values():
             for release in releases:
                 if release.path in listed:
@@ -252,14 +253,31 @@ class Rights:
         self, tx: Transaction, has: Versions, update: vehicle_service_pb2.TrustUpdate, now_ms: int
     ) -> None:
         fresh = self.fresh_catalogue(tx, now_ms)
-        if self._catalogue.root_version > has.root:
-            update.catalogue.roots.append(self._catalogue.root)
+        update.catalogue.roots.extend(self._keys.catalogue.roots_after(has.root))
         if fresh.timestamp_version > has.timestamp:
             update.catalogue.timestamp = fresh.timestamp
         if fresh.snapshot_version > has.snapshot:
             update.catalogue.snapshot = fresh.snapshot
         if self._catalogue.targets_version > has.targets:
             update.catalogue.targets = self._catalogue.targets
+
+    def check(self, tx: Transaction) -> None:
+        """Makes sure that the catalogue describes what live rights give.
+
+        Raises:
+            StartError: it does not; the vehicles would get no update at all.
+        """
+        missing: dict[str, str] = {}
+        for row in tx.live_entitlements():
+            right = entitlement_pb2.Entitlement.FromString(row.content)
+            releases = self._catalogue.releases.get(row.feature_id, ())
+            if not any(r.release >= right.min_release for r in releases):
+                missing[f"{row.feature_id} from release {right.min_release}"] = row.entitlement_id
+        if missing:
+            raise StartError(
+                "the catalogue lacks what live rights need: "
+                + "; ".join(f"{what} (such as {right})" for what, right in sorted(missing.items()))
+            )
 
     def fresh_catalogue(self, tx: Transaction, now_ms: int) -> Fresh:
         """The catalogue's snapshot and timestamp, signed anew where due."""
@@ -326,13 +344,24 @@ class Rights:
         vin: str,
         ecus: Sequence[Ecu],
         release: Release,
+        right: entitlement_pb2.Entitlement,
+    ) -> None:
+        """Signs the next token of a right, if its ECU verifies one."""
+        if release.feature_number:
+            ecu = next(e for e in ecus if e.identifier == release.ecu_identifier)
+            self._put_token(tx, vin, ecu, release.feature_id, release.feature_number, right)
+
+    def _put_token(
+        self,
+        tx: Transaction,
+        vin: str,
+        ecu: Ecu,
+        feature_id: str,
+        feature_number: int,
         right: entitlement_pb2.Entitlement | None,
     ) -> None:
         """Signs the next token of a feature; without a right, one that burns all older ones."""
-        if not release.feature_number:
-            return
-        ecu = next(e for e in ecus if e.identifier == release.ecu_identifier)
-        counter = tx.next_token_counter(ecu.uid, release.feature_number)
+        counter = tx.next_token_counter(ecu.uid, feature_number)
         terms = {}
         if right is not None and right.validity.ignition_cycles:
             terms[token.TERM_IGNITION_CYCLES] = right.validity.ignition_cycles
@@ -342,17 +371,21 @@ class Rights:
             self._keys.token,
             vin=vin,
             uid=ecu.uid,
-            feature_number=release.feature_number,
+            feature_number=feature_number,
             counter=counter,
             state=token.DENIED if right is None else token.ALLOWED,
             terms=terms,
         )
-        tx.put_token(vin, TokenRow(ecu.identifier, release.feature_id, ecu.hardware_id, counter, content))
+        tx.put_token(vin, TokenRow(ecu.identifier, feature_id, ecu.hardware_id, counter, content))
 
     def _end(self, tx: Transaction, vin: str, row: EntitlementRow, reason: str, now_ms: int) -> None:
+        """Ends a right and burns what was signed for it, whatever the catalogue says by now."""
         tx.end_entitlement(row.entitlement_id, now_ms, reason)
-        ecus = tx.ecus(vin)
-        self._sign_token(tx, vin, ecus, self._chosen(row, ecus), None)
+        ecus = {ecu.identifier: ecu for ecu in tx.ecus(vin)}
+        for signed in tx.tokens(vin):
+            if signed.feature_id == row.feature_id:
+                number = token.feature_number(signed.content)
+                self._put_token(tx, vin, ecus[signed.ecu_identifier], row.feature_id, number, None)
 
     def _renew_tokens(self, tx: Transaction, vin: str, ecus: Sequence[Ecu]) -> None:
         """Starts the ECU's own limits of all live rights anew."""
@@ -361,12 +394,17 @@ class Rights:
             if not row.revoked_ms and (right.validity.ignition_cycles or right.validity.operating_s):
                 self._sign_token(tx, vin, ecus, self._chosen(row, ecus), right)
 
-    def _chosen(self, row: EntitlementRow, ecus: Sequence[Ecu]) -> Release:
-        """The highest release that a right accepts and the vehicle's ECU fits."""
+    def _fitting(self, row: EntitlementRow, ecus: Sequence[Ecu]) -> list[Release]:
+        """The releases that a right accepts and the vehicle's ECU fits, oldest first."""
         right = entitlement_pb2.Entitlement.FromString(row.content)
         releases = self._catalogue.releases.get(row.feature_id, ())
-        fitting = [r for r in releases if r.release >= right.min_release and _fits(r, ecus)]
+        return [r for r in releases if r.release >= right.min_release and _fits(r, ecus)]
+
+    def _chosen(self, row: EntitlementRow, ecus: Sequence[Ecu]) -> Release:
+        """The highest release that a right accepts and the vehicle's ECU fits."""
+        fitting = self._fitting(row, ecus)
         if not fitting:
+            right = entitlement_pb2.Entitlement.FromString(row.content)
             raise NotPossibleError(
                 f"right {row.entitlement_id} needs {row.feature_id} from release {right.min_release}; "
                 "the catalogue has none that fits this vehicle any more"
@@ -374,10 +412,18 @@ class Rights:
         return fitting[-1]
 
     def _releases(self, tx: Transaction, vin: str) -> list[Release]:
-        """The release of every feature that this vehicle has or had a right to, by path."""
+        """The release of every feature that this vehicle has or had a right to, by path.
+
+        An ended right whose feature has left the catalogue has none.
+        """
         ecus = tx.ecus(vin)
         newest = {row.feature_id: row for row in tx.entitlements(vin)}
-        return sorted((self._chosen(row, ecus) for row in newest.values()), key=lambda r: r.path)
+        chosen = [
+            self._chosen(row, ecus)
+            for row in newest.values()
+            if not row.revoked_ms or self._fitting(row, ecus)
+        ]
+        return sorted(chosen, key=lambda r: r.path)
 
     def _publish(self, tx: Transaction, vin: str, now_ms: int) -> int:
         """Signs the next version of a vehicle's set; returns the version."""
@@ -386,9 +432,10 @@ class Rights:
         live = [row for row in tx.entitlements(vin) if not row.revoked_ms]
         rights = [entitlement_pb2.Entitlement.FromString(row.content) for row in live]
         listed = director.entitlements(vin, version, rights)
+        releases = self._releases(tx, vin)
+        known = {r.feature_id for r in releases}
         features = [
-            director.Item(r.path, r.content, r.ecu_identifier, r.hardware_id, r.release)
-            for r in self._releases(tx, vin)
+            director.Item(r.path, r.content, r.ecu_identifier, r.hardware_id, r.release) for r in releases
         ]
         tokens = [
             director.Item(
@@ -399,6 +446,7 @@ class Rights:
                 t.counter,
             )
             for t in tx.tokens(vin)
+            if t.feature_id in known  # a vehicle takes no token without its feature's file
         ]
         result = director.sign_set(
             vin,
@@ -446,7 +494,8 @@ def _end_s(right: entitlement_pb2.Entitlement, granted_ms: int, now_ms: int) -> 
     index = 1
     while period.start_ms(granted_ms, index) <= now_ms:
         index += 1
-    return period.start_ms(granted_ms, index) // 1000
+    # Rounded up: a period that ends before its last millisecond would begin anew until that has passed.
+    return -(-period.start_ms(granted_ms, index) // 1000)
 
 
 def _ms(duration: timedelta) -> int:

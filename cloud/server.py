@@ -100,18 +100,18 @@ async def start(
         ConfigError, StartError: something is missing, unreadable or does not fit.
     """
     keys = keyring.load(settings)
-    signed = catalogue.load(settings.catalogue.repository, keys.catalogue.root_bytes, keys.catalogue.root)
-    newest = {feature: group[-1] for feature, group in signed.releases.items()}
-    prices = plans.read(
-        settings.plans,
-        {feature: bool(release.feature_number) for feature, release in newest.items()},
-        {feature: frozenset(release.meters) for feature, release in newest.items()},
-    )
+    signed = catalogue.load(settings.catalogue.repository, keys.catalogue.root)
+    prices = plans.read(settings.plans, signed.releases)
     credentials = _credentials(settings, client_ca=settings.server.client_ca)
     enrolment_credentials = _credentials(settings, client_ca=None)
 
     store = await asyncio.to_thread(Store, config.database_url(path, settings.store))
     rights = Rights(keys, signed, prices, random)
+    try:
+        await store.run(rights.check)
+    except StartError:
+        await asyncio.to_thread(store.close)
+        raise
     changes = Changes()
     vehicles = VehicleService(store, rights, changes, keys.receipt, now_ms)
     operators = OperatorService(

@@ -221,6 +221,10 @@ class Transaction:
         """A vehicle's rights, ended ones included, oldest first."""
         return self._entitlements(schema.entitlements.c.vin == vin)
 
+    def live_entitlements(self) -> list[EntitlementRow]:
+        """All vehicles' rights that have not ended, oldest first."""
+        return self._entitlements(schema.entitlements.c.revoked_ms == 0)
+
     def trials(self, account: str, feature_id: str, plan_kind: int) -> int:
         """How many rights of one kind an account ever had to a feature."""
         table = schema.entitlements

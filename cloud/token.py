@@ -79,6 +79,12 @@ def sign_claims(
     return _encode(cbor2.CBORTag(_COSE_SIGN1, [protected, {}, payload, signature]))
 
 
+def feature_number(content: bytes) -> int:
+    """The feature of a token that this cloud signed."""
+    payload: bytes = cbor2.loads(content).value[2]
+    return int(cbor2.loads(payload)[2])
+
+
 def key_id(key: Ed25519PrivateKey) -> bytes:
     """First 8 bytes of SHA-256 over the public key."""
     return hashlib.sha256(key.public_key().public_bytes_raw()).digest()[:8]

@@ -3,11 +3,14 @@
 Says everything that is wrong at once, each with file and line. What passes
 here is what a vehicle may be told to put on a bus, so the rules are an
 allow-list: unknown keys, unknown kinds and unlisted services are refused.
+Whatever a vehicle would refuse is refused here: one signed file that it does
+not take would stop all its updates (`tests/vectors/catalogue.json`).
 """
 
 from __future__ import annotations
 
 import enum
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +24,8 @@ from keys.errors import CatalogueError
 
 MAX_FEATURE_BYTES = 65_536
 """Largest feature file, bytes: the limit of a target on its way to a vehicle."""
+MAX_LINE_BYTES = 2_048
+"""Longest line of a feature file, bytes."""
 MAX_RELEASES = 256
 """Most feature files in one catalogue."""
 MAX_METERS = 16
@@ -33,6 +38,14 @@ MAX_INPUTS = 16
 """Most signals that one condition reads."""
 MAX_EXPRESSION = 512
 """Longest condition, characters."""
+MAX_DEPTH = 16
+"""Deepest nesting of brackets in a condition."""
+MAX_STANDARD_ID = 0x7FF
+"""Highest CAN identifier of 11 bits; a higher one has 29 (ISO 11898-1:2015)."""
+MAX_COUNTER_OFFSET = 64
+"""Where a token's counter may begin in a read-back, bytes."""
+PROGRAMMING_SESSION = 0x02
+"""ISO 14229-1:2020: the session for flashing, which no feature may ask for."""
 MAX_REQUEST_BYTES = 64
 """Longest UDS request that a feature file may hold."""
 MAX_HOLD_S = 86_400
@@ -40,8 +53,21 @@ MAX_HOLD_S = 86_400
 
 IDENTIFIER = r"[a-z][a-z0-9-]{1,47}"
 _HEX = re.compile(r"[0-9A-F]{2}( [0-9A-F]{2})*")
-_VSS_NAME = re.compile(r"Vehicle(\.[A-Z][A-Za-z0-9]*)+")
-_TEXT_LITERAL = re.compile(r"'[^']*'|\"[^\"]*\"")
+_VSS_NAME = re.compile(r"Vehicle(\.[A-Z][A-Za-z0-9]*){1,15}")
+
+# The part of CEL (cel.dev) that a vehicle evaluates, token by token.
+_CEL_TOKEN = re.compile(
+    r"""(?P<name>[A-Za-z_][A-Za-z0-9_.]*)(?P<call>(?=\x20*\())?
+      | "[^"'\\]*" | '[^"'\\]*'
+      | [0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?
+      | == | != | <= | >= | && | \|\| | [-+*/%<>!?:,]
+      | (?P<open>[(\[]) | (?P<close>[)\]])
+      | \x20+""",
+    re.VERBOSE,
+)
+_CEL_WORDS = frozenset({"true", "false", "in"})
+_CEL_FUNCTIONS = frozenset({"double", "int", "size", "string"})
+_CEL_METHODS = frozenset({"contains", "endsWith", "startsWith"})
 
 Problems = Iterator[tuple[str, str]]
 
@@ -66,7 +92,7 @@ class Feature:
 
     id: str = option(pattern=IDENTIFIER)
     release: int = option(minimum=1, maximum=4_294_967_295)
-    title: str = option(pattern=r"[^\x00-\x1f]{1,100}")
+    title: str = option(pattern=r".{1,100}")
     enforcement: str = option(choices=("ecu-token", "detect-only"))
     loss_in_motion: str = option(choices=("harmless", "unknown"))
     safety_relevant: bool = option()
@@ -76,6 +102,8 @@ class Feature:
         """A feature that a person's safety or the type approval depends on is never on demand."""
         if self.safety_relevant:
             yield "safety_relevant", "features relevant to safety or type approval are refused"
+        if not self.title.isprintable():
+            yield "title", "has a character that cannot be printed"
 
 
 @dataclass(frozen=True)
@@ -89,9 +117,16 @@ class Ecu:
     response_id: int | None = option(default=None, minimum=0, maximum=0x1FFFFFFF)
 
     def problems(self) -> Problems:
-        """ISO 15765-2 needs two different identifiers."""
-        if self.request_id is not None and self.request_id == self.response_id:
+        """ISO 15765-2 needs two different identifiers; both have 11 bits, or both 29."""
+        if self.request_id is None or self.response_id is None:
+            return
+        if self.request_id == self.response_id:
             yield "response_id", f"expected another identifier than request_id 0x{self.request_id:X}"
+        elif (self.request_id > MAX_STANDARD_ID) != (self.response_id > MAX_STANDARD_ID):
+            yield (
+                "response_id",
+                f"expected 11 or 29 bits as request_id 0x{self.request_id:X}, found 0x{self.response_id:X}",
+            )
 
 
 @dataclass(frozen=True)
@@ -115,6 +150,8 @@ class Actuator:
         for name, value in given.items():
             if value is None:
                 yield name, f'missing; kind "{self.kind.value}" needs it'
+        if self.session == PROGRAMMING_SESSION:
+            yield "session", "the programming session is for flashing; no feature may ask for it"
         if self.activate is not None:
             yield from (("activate", what) for what in _activate_problems(self.activate))
         if self.release is not None:
@@ -129,7 +166,7 @@ class ReadBack:
     mask: str = option()
     active: str = option()
     interval_s: int = option(minimum=1, maximum=3600)
-    counter_offset: int | None = option(default=None, minimum=0, maximum=255)
+    counter_offset: int | None = option(default=None, minimum=0, maximum=MAX_COUNTER_OFFSET)
 
     def problems(self) -> Problems:
         """`active` must be reachable under `mask`, and the mask must look at something."""
@@ -293,6 +330,7 @@ def lint(source: Path) -> tuple[Release, ...]:
         except (CatalogueError, config.ConfigError) as error:
             problems.extend(error.problems)
     problems.extend(_shared_numbers(source, releases))
+    problems.extend(_changed_meanings(source, releases))
     if problems:
         raise CatalogueError(problems)
     return tuple(releases)
@@ -309,6 +347,11 @@ def _release(source: Path, path: Path) -> Release:
         raise CatalogueError([f"{path}: cannot be read: {error.strerror}"]) from error
     if len(content) > MAX_FEATURE_BYTES:
         raise CatalogueError([f"{path}: {len(content)} bytes are more than the limit of {MAX_FEATURE_BYTES}"])
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if len(line) > MAX_LINE_BYTES:
+            raise CatalogueError(
+                [f"{path}:{number}: {len(line)} bytes are more than a line's limit of {MAX_LINE_BYTES}"]
+            )
     file = config.parse(content, path, FeatureFile)
     problems = []
     if file.feature.id != match.group(1):
@@ -337,6 +380,43 @@ def _shared_numbers(source: Path, releases: Sequence[Release]) -> Iterator[str]:
                 f"{source / release.path}: actuator.feature_number: {number} of hardware "
                 f"{release.file.ecu.hardware_id} belongs to feature {owner}"
             )
+
+
+def _changed_meanings(source: Path, releases: Sequence[Release]) -> Iterator[str]:
+    """What rights, tokens and usage refer to by name never changes its meaning from release to release.
+
+    A token that denies must reach the ECU and the number of the one that
+    allowed, so a feature stays in one ECU (of whatever hardware) and has one
+    number for each hardware. A meter that is priced goes on, in the same unit.
+    """
+    ordered = sorted(releases, key=lambda r: (r.file.feature.id, r.file.feature.release))
+    for older, newer in itertools.pairwise(ordered):
+        if older.file.feature.id != newer.file.feature.id:
+            continue
+        where = source / newer.path
+        before = {meter.id: meter.kind for meter in older.file.meters}
+        after = {meter.id: meter.kind for meter in newer.file.meters}
+        for meter_id, kind in before.items():
+            if after.get(meter_id) is not kind:
+                now = after[meter_id].value if meter_id in after else "none"
+                yield (
+                    f"{where}: meters: expected {meter_id} of kind {kind.value} as in release "
+                    f"{older.file.feature.release}, found {now}; make a new feature id"
+                )
+    first: dict[tuple[str, ...], tuple[Release, object]] = {}
+    for release in ordered:
+        feature, ecu, actuator = release.file.feature, release.file.ecu, release.file.actuator
+        for key, found, owned_by in (
+            ("ecu.identifier", ecu.identifier, (feature.id,)),
+            ("actuator.kind", actuator.kind.value, (feature.id,)),
+            ("actuator.feature_number", actuator.feature_number, (feature.id, ecu.hardware_id)),
+        ):
+            owner, expected = first.setdefault((key, *owned_by), (release, found))
+            if found != expected:
+                yield (
+                    f"{source / release.path}: {key}: expected {expected} as in release "
+                    f"{owner.file.feature.release}, found {found}; make a new feature id"
+                )
 
 
 def _hex_problems(text: str) -> Iterator[str]:
@@ -373,6 +453,8 @@ def _condition_problems(when: str, inputs: Sequence[str]) -> Problems:
         yield "when", 'empty; write "true" for a condition that always holds'
     elif len(when) > MAX_EXPRESSION:
         yield "when", f"{len(when)} characters are more than the limit of {MAX_EXPRESSION}"
+    elif not when.isprintable():
+        yield "when", "has a character that cannot be printed, such as a line break"
     else:
         try:
             cel.compile(when)
@@ -380,11 +462,41 @@ def _condition_problems(when: str, inputs: Sequence[str]) -> Problems:
             reason = str(error).partition("ERROR: ")[2].partition("\n")[0]
             yield "when", f"not CEL: {reason}"
     yield from _count_problems("inputs", list(inputs), 0, MAX_INPUTS)
-    named = {m.group() for m in _VSS_NAME.finditer(_TEXT_LITERAL.sub("''", when))}
+    for name in inputs:
+        if not _VSS_NAME.fullmatch(name):
+            yield "inputs", f"expected a VSS name, found {name!r}"
+    named, problems = _read_names(when)
+    yield from (("when", what) for what in problems)
     for name in sorted(named - set(inputs)):
         yield "inputs", f"{name} is read by the expression and not listed"
-    for name in sorted(set(inputs) - named):
-        yield "inputs", f"{name} is listed and not read by the expression"
+    if not problems:
+        for name in sorted(set(inputs) - named):
+            yield "inputs", f"{name} is listed and not read by the expression"
+
+
+def _read_names(when: str) -> tuple[set[str], list[str]]:
+    """The signals that an expression reads, and where it leaves the part of CEL that vehicles evaluate."""
+    named: set[str] = set()
+    position = depth = 0
+    while position < len(when):
+        token = _CEL_TOKEN.match(when, position)
+        if token is None:
+            return named, [f"not in the language of conditions at character {position + 1}"]
+        position = token.end()
+        depth += (token["open"] is not None) - (token["close"] is not None)
+        if depth > MAX_DEPTH:
+            return named, [f"nested deeper than the limit of {MAX_DEPTH}"]
+        name = token["name"]
+        if name is None or name == "in":
+            continue
+        if token["call"] is None:
+            named |= {name} - _CEL_WORDS
+        elif name not in _CEL_FUNCTIONS:
+            owner, _, method = name.rpartition(".")
+            if method not in _CEL_METHODS or not owner:
+                return named, [f"no function {name} in the language of conditions"]
+            named.add(owner)
+    return named, []
 
 
 def _count_problems(key: str, names: Sequence[str], least: int, most: int) -> Problems:

@@ -216,7 +216,8 @@ class Store:
             _put(db, "floors", _floors_to_json(floors))
             _put(db, "as_of_ms", command.signed_ms)
             _put(db, "contact_ms", command.mark_ms)
-            _put(db, "mark_ms", max(command.mark_ms, self._number("mark_ms")))
+            # As the clock says it: only a new epoch of the director's keys may set it back.
+            _put(db, "mark_ms", command.mark_ms)
 
     def _trust(self) -> TrustBytes:
         def repository(name: str) -> RepositoryBytes:
@@ -257,7 +258,7 @@ class Store:
                 [(e, m, amount) for (e, m), amount in command.used.items()],
             )
             _put(db, "boot_id", self._boot_id)
-            _put(db, "mark_ms", max(command.mark_ms, self._number("mark_ms")))
+            _put(db, "mark_ms", command.mark_ms)
 
     def mark_sent(self, through_seq: int) -> None:
         """Notes, before they leave, that records up to here may have been seen.

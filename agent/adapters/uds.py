@@ -44,13 +44,16 @@ MAX_ANSWER_BYTES = 512
 FOREIGN_TESTER_NS = 3_000_000_000
 """How long jobs wait after another tester was heard."""
 PATIENCE_NS = 30_000_000_000
-"""How long a job waits for another tester before it is given back, to be tried again later."""
+"""How long a read waits for another tester before it is given back, to be tried again later."""
+SWITCH_PATIENCE_NS = 1_000_000_000
+"""The same for a job that switches something: its conditions must be judged anew before it is sent."""
 FUNCTIONAL_IDS = frozenset({(0x7DF, False), (0x18DB33F1, True)})
 """Identifiers of functional requests, and whether they have 29 bits (ISO 15765-4:2021, 10.5)."""
 _FLOW_CONTROL = 3
 _ECHOED_BYTES = {0x10: 1, 0x22: 2, 0x2E: 2, 0x31: 3}
 """Bytes after the SID that a positive response repeats (ISO 14229-1:2020, 10.2, 11.2, 12.7, 14.2)."""
 _NEGATIVE = 0x7F
+_FIRST_UDS_SERVICE = 0x10
 _POSITIVE_OFFSET = 0x40
 
 _log = log.get(__name__)
@@ -132,9 +135,7 @@ class UdsClient:
                 isotp.CanMessage(frame.can_id, data=frame.data, extended_id=frame.is_extended)
             )
             self.poll()
-        elif (frame.can_id, frame.is_extended) in FUNCTIONAL_IDS or self._guard.is_request_id(
-            frame.bus, frame.can_id
-        ):
+        elif _is_functional_tester(frame) or self._guard.is_request_id(frame.bus, frame.can_id):
             now_ns = self._monotonic_ns()
             if now_ns >= self._foreign_until_ns:
                 _log.info("another tester speaks; ECU jobs wait", can_id=f"0x{frame.can_id:X}", bus=frame.bus)
@@ -235,9 +236,10 @@ class UdsClient:
     def _wait(self, ecu: _Ecu, now_ns: int) -> None:
         """Lets another tester speak, but not for ever: whoever waits for the job must hear of it."""
         ecu.waiting_ns = ecu.waiting_ns or now_ns
-        if now_ns - ecu.waiting_ns >= PATIENCE_NS:
+        patience_ns = SWITCH_PATIENCE_NS if ecu.jobs[0].switches else PATIENCE_NS
+        if now_ns - ecu.waiting_ns >= patience_ns:
             ecu.waiting_ns = 0
-            seconds = PATIENCE_NS // 1_000_000_000
+            seconds = patience_ns // 1_000_000_000
             error = EcuBusyError(f"{ecu.spec.identifier}: another tester has spoken for {seconds} s")
             self._done(EcuDone(ecu.jobs.popleft().feature_id, b"", error))
 
@@ -301,3 +303,10 @@ class UdsClient:
         ecu.layer.reset()
         if job is not None:
             self._done(EcuDone(job.feature_id, b"" if error else ecu.answer, error))
+
+
+def _is_functional_tester(frame: Frame) -> bool:
+    """A functional request, other than the reads of emission-related services 0x01 to 0x0F (ISO 15031-5)."""
+    if (frame.can_id, frame.is_extended) not in FUNCTIONAL_IDS:
+        return False
+    return len(frame.data) < 2 or frame.data[1] >= _FIRST_UDS_SERVICE  # noqa: PLR2004 (length and service)

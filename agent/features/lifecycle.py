@@ -33,6 +33,7 @@ class Event(enum.Enum):
     ENDED = "no live right is there"
     SUSPENDED = "the right rests: a quota or the grace has run out"
     READY = "the activation condition holds"
+    MISSED = "the activation condition or the right was gone before anything was sent"
     CONFIRMED = "the ECU reports it on, after it was asked"
     ADOPTED = "the ECU reports it on already, under a live right"
     OFF_SEEN = "the ECU reports it off, though it should be on"
@@ -70,6 +71,7 @@ TABLE: Mapping[tuple[State, Event], tuple[State, tuple[Action, ...]]] = {
     (_S.PENDING, _E.DENIED): (_S.FAULT, (_A.BACK_OFF,)),
     (_S.ACTIVATING, _E.CONFIRMED): (_S.ACTIVE, (_A.START_METERS,)),
     (_S.ACTIVATING, _E.DENIED): (_S.FAULT, (_A.BACK_OFF,)),
+    (_S.ACTIVATING, _E.MISSED): (_S.PENDING, ()),
     # The request may have been carried out already: release it like an active one.
     (_S.ACTIVATING, _E.ENDED): (_S.HELD, ()),
     (_S.ACTIVATING, _E.SUSPENDED): (_S.HELD, ()),
@@ -88,6 +90,7 @@ TABLE: Mapping[tuple[State, Event], tuple[State, tuple[Action, ...]]] = {
     (_S.FAULT, _E.RETRY): (_S.PENDING, (_A.READ_BACK,)),
     (_S.FAULT, _E.ENDED): (_S.HELD, ()),
     (_S.FAULT, _E.SUSPENDED): (_S.SUSPENDED, ()),
+    (_S.SUSPENDED, _E.STILL_ON): (_S.HELD, ()),
     (_S.SUSPENDED, _E.ENTITLED): (_S.PENDING, (_A.READ_BACK,)),
     (_S.SUSPENDED, _E.ENDED): (_S.LOCKED, (_A.READ_BACK,)),
 }

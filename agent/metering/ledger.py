@@ -17,9 +17,24 @@ from dataclasses import dataclass, replace
 from agent.features.conditions import Condition
 from agent.metering.meter import Meter, OpenWindow, Total
 from agent.metering.record import GENESIS_HASH, Head, Record, Use, append
-from agent.model import Entitlement, FeatureSpec, MeterKind, MeterSpec, SignalBatch, SignalInfo, TrustedTime
+from agent.model import (
+    ActuatorKind,
+    Entitlement,
+    FeatureSpec,
+    MeterKind,
+    MeterSpec,
+    SignalBatch,
+    SignalInfo,
+    SignalValue,
+    TrustedTime,
+    odometer_metres,
+)
 from agent.signals.state import SignalState
 
+MAX_AMOUNT = 1_000_000_000_000
+"""Most that one record may say of its value or gap, ms or m (the cloud refuses more)."""
+CONFIRMATIONS_MISSED = 3
+"""After so many read-backs that did not come, nothing says any more that a feature is on."""
 _NS_PER_MS = 1_000_000
 
 Say = Callable[..., None]
@@ -34,6 +49,7 @@ class _Session:
     entitlement: Entitlement
     trace_id: str
     start_ms: int
+    confirmed_by: str = ""
 
 
 class Ledger:
@@ -56,6 +72,7 @@ class Ledger:
         """Records that no command to store them has carried yet."""
         self._sessions: dict[str, list[_Session]] = {}
         self._armed: dict[str, list[OpenWindow]] = {}
+        self._confirmed_ns: dict[str, int] = {}
         self._recovered: list[OpenWindow] = []
         self._same_boot = False
 
@@ -113,8 +130,27 @@ class Ledger:
         ]
 
     def disarm(self, feature_id: str) -> None:
-        """The ECU was seen: it is off, or sessions have begun."""
+        """It is known that the ECU did not switch it on, or sessions have begun."""
         self._armed.pop(feature_id, None)
+
+    def is_armed(self, feature_id: str) -> bool:
+        """Whether a feature may be on that nobody has seen."""
+        return feature_id in self._armed
+
+    def seen_off(self, feature_id: str, *, now_ns: int, now: TrustedTime) -> None:
+        """A feature that may have been on was seen off: the time between is declared."""
+        for window in self._armed.pop(feature_id, ()):
+            total = Total(reason="EDGE")
+            if window.kind is MeterKind.DURATION:
+                total.gap = -(-(now_ns - window.mark_ns) // _NS_PER_MS)
+            else:
+                total.gap = self._step_m(window)
+            end_ms = max(window.start_ms, now.unix_ms)
+            self._book(window, (), total, end_ms, signed=now.source == "signed")
+
+    def confirm(self, feature_id: str, now_ns: int) -> None:
+        """The ECU itself said that a feature is on."""
+        self._confirmed_ns[feature_id] = now_ns
 
     def start(
         self,
@@ -138,12 +174,21 @@ class Ledger:
         self.disarm(spec.feature_id)
         sessions = []
         for meter_spec in spec.meters:
-            meter = Meter(meter_spec, self._infos)
+            confirmation = _confirmation(spec, meter_spec)
+            meter = Meter(meter_spec, self._infos, confirmation)
             wanted = (*meter.inputs, *([meter_spec.speed] if meter_spec.speed else []))
-            values = {name: signals.value(name, now_ns) for name in wanted}
-            meter.open(now_ns, values, signals.seen_ns, unsure_ns=unsure_ns)
+            values: dict[str, SignalValue | None] = {n: signals.value(n, now_ns) for n in wanted}
+            seen = signals.seen_ns
+            if confirmation is not None:
+                values[confirmation.name] = True
+                seen = {**seen, confirmation.name: now_ns}
+            meter.open(now_ns, values, seen, unsure_ns=unsure_ns)
             session = _Session(
-                meter, entitlement, self._trace_id(entitlement, meter_spec, now_ns), now.unix_ms
+                meter,
+                entitlement,
+                self._trace_id(entitlement, meter_spec, now_ns),
+                now.unix_ms,
+                confirmation.name if confirmation else "",
             )
             sessions.append(session)
             self._say(
@@ -166,10 +211,14 @@ class Ledger:
             disk can a crash be bounded.
         """
         first = False
-        for sessions in self._sessions.values():
+        for feature_id, sessions in self._sessions.items():
+            confirmed_ns = self._confirmed_ns.get(feature_id)
             for session in sessions:
                 unread = session.meter.odometer_m is None
-                session.meter.observe(batch, now_ns)
+                heard = batch
+                if session.confirmed_by and confirmed_ns is not None:
+                    heard = replace(batch, seen_ns={**batch.seen_ns, session.confirmed_by: confirmed_ns})
+                session.meter.observe(heard, now_ns)
                 first |= unread and session.meter.odometer_m is not None
         return first
 
@@ -305,7 +354,8 @@ class Ledger:
         *,
         signed: bool,
     ) -> None:
-        """Makes the next record of the chain."""
+        """Makes the next record of the chain; what is beyond any bill is declared as unbounded."""
+        unbounded = total.unbounded or max(total.gap, total.value) > MAX_AMOUNT
         use = Use(
             feature_id=window.feature_id,
             meter_id=window.meter_id,
@@ -314,13 +364,13 @@ class Ledger:
             account=window.account,
             trace_id=window.trace_id,
             dimensions=dimensions,
-            value=total.value,
-            gap=total.gap,
-            gap_reason=total.reason,
+            value=min(total.value, MAX_AMOUNT),
+            gap=min(total.gap, MAX_AMOUNT),
+            gap_reason=total.reason or ("SIGNAL" if unbounded else ""),
             start_ms=window.start_ms,
             end_ms=end_ms,
             signed_clock=signed,
-            gap_unbounded=total.unbounded,
+            gap_unbounded=unbounded,
         )
         self.head, record = append(self.head, self._source, use)
         self.unsaved.append(record)
@@ -346,6 +396,18 @@ class Ledger:
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+def _confirmation(spec: FeatureSpec, meter: MeterSpec) -> SignalInfo | None:
+    """The read-back as an input of a meter that reads nothing of the feature itself.
+
+    A condition reads the output of the ECU. Without one, only the ECU's word
+    says that the feature is on, and counts no longer than it is heard.
+    """
+    if spec.kind is ActuatorKind.NONE or meter.condition is not None:
+        return None
+    max_age_ns = CONFIRMATIONS_MISSED * spec.read_back_interval_s * 1_000_000_000
+    return SignalInfo(f"read-back of {spec.feature_id}", "", 0, max_age_ns)
+
+
 def check_conditions(spec: FeatureSpec) -> None:
     """Compiles every condition of a feature and its meters once.
 
@@ -360,8 +422,7 @@ def check_conditions(spec: FeatureSpec) -> None:
 
 def _metres(signals: SignalState, odometer: str | None, now_ns: int) -> int | None:
     """An odometer's reading from VSS kilometres; None if it is unknown."""
-    value = signals.value(odometer, now_ns) if odometer else None
-    return round(float(value) * 1000) if isinstance(value, int | float) else None
+    return odometer_metres(signals.value(odometer, now_ns)) if odometer else None
 
 
 def _window(

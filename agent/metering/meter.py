@@ -21,7 +21,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from agent.features.conditions import Condition
-from agent.model import MeterKind, MeterSpec, SignalBatch, SignalChange, SignalInfo, SignalValue
+from agent.model import (
+    MeterKind,
+    MeterSpec,
+    SignalBatch,
+    SignalChange,
+    SignalInfo,
+    SignalValue,
+    odometer_metres,
+)
 
 Dimensions = tuple[tuple[str, str], ...]
 """Dimension names and values, sorted by name."""
@@ -108,18 +116,22 @@ class _TopSpeed:
 class Meter:
     """One meter of one feature while the feature is on."""
 
-    def __init__(self, spec: MeterSpec, infos: Mapping[str, SignalInfo]) -> None:
+    def __init__(
+        self, spec: MeterSpec, infos: Mapping[str, SignalInfo], confirmation: SignalInfo | None = None
+    ) -> None:
         """Compiles the meter's conditions.
 
         Args:
             spec: from the signed catalogue.
             infos: units, steps and maximum ages of the signals.
+            confirmation: what, besides the signals, must be heard for use to
+                count: the ECU's own word that the feature is on.
 
         Raises:
             ConditionError: an expression does not compile.
         """
         self.spec = spec
-        self._infos = infos
+        self._infos = {**infos, confirmation.name: confirmation} if confirmation else infos
         self._condition = Condition.compile(spec.condition) if spec.condition else None
         self._dimensions = tuple(
             (d.name, tuple((value, Condition.compile(c)) for value, c in d.values)) for d in spec.dimensions
@@ -130,6 +142,8 @@ class Meter:
                 inputs += condition.inputs
         if spec.kind is MeterKind.DISTANCE and spec.odometer:
             inputs.append(spec.odometer)
+        if confirmation is not None:
+            inputs.append(confirmation.name)
         self.inputs = tuple(dict.fromkeys(inputs))
         self._known = frozenset(self.inputs) | ({spec.speed} if spec.speed else frozenset())
         self.totals: dict[Dimensions, Total] = {}
@@ -148,6 +162,8 @@ class Meter:
         self._top_speed = _TopSpeed(speed.max_age_ns if speed else 0)
         self._run_m = 0
         self._run_at_ns = 0
+        self._allowed_m = 0.0
+        self._counted_m = 0
 
     # --- life ------------------------------------------------------------
 
@@ -174,7 +190,7 @@ class Meter:
         self._top_speed.hear(seen.get(self.spec.speed or ""))
         self._top_speed.take(self._values.get(self.spec.speed or ""))
         self._top_speed.restart()
-        self.odometer_m = self._reading(self._values.get(self.spec.odometer or ""))
+        self.odometer_m = odometer_metres(self._values.get(self.spec.odometer or ""))
         self._odometer_at_ns = now_ns
         self._unknown = self._lacks_value()
         self._status = None if self._unknown else self._judge()
@@ -286,11 +302,11 @@ class Meter:
             self._absorb(until_ns)
             if self.spec.kind is MeterKind.DURATION:
                 self._total(key).add_gap(until_ns - self.mark_ns, reason)
-            elif first_m is not None and self.odometer_m is not None and self.odometer_m >= first_m:
-                self._total(key).add_gap(self.odometer_m - first_m, reason)
-            elif self.odometer_m is not None:
-                possible_m = self._possible_m(self._odometer_at_ns - first_ns, self._odometer_at_ns)
-                self._total(key).add_gap(possible_m, reason)
+            elif self.odometer_m is not None and self._odometer_at_ns > first_ns:
+                moved_m = self._possible_m(self._odometer_at_ns - first_ns, self._odometer_at_ns)
+                if first_m is not None and 0 <= self.odometer_m - first_m < moved_m:
+                    moved_m = self.odometer_m - first_m
+                self._total(key).add_gap(moved_m, reason)
             self.mark_ns = until_ns
         self._unknown = not heard or self._lacks_value()
         self._status = None if self._unknown else self._judge()
@@ -306,7 +322,7 @@ class Meter:
             self._values[change.name] = change.value
             self._note_speed(change)
             if change.name == self._odometer_name():
-                self.odometer_m, self._odometer_at_ns = self._reading(change.value), change.at_ns
+                self.odometer_m, self._odometer_at_ns = odometer_metres(change.value), change.at_ns
         self._queue = [c for c in self._queue if c.at_ns > until_ns]
 
     def _replay(self, until_ns: int) -> None:
@@ -325,7 +341,7 @@ class Meter:
         """Settles up to a change, then takes its value."""
         self._values[change.name] = change.value
         if change.name == self._odometer_name():
-            self._odometer(self._reading(change.value), change)
+            self._odometer(odometer_metres(change.value), change)
             return
         self._note_speed(change)
         status = self._judge()
@@ -386,6 +402,7 @@ class Meter:
         self.odometer_m, self._odometer_at_ns = reading_m, at_ns
         possible_m = self._possible_m(at_ns - before_ns, at_ns)
         self._top_speed.restart()
+        self._allowed_m += possible_m - 2 * self.step_m()
         if reading_m is None:
             self._segment = None
             return
@@ -413,9 +430,16 @@ class Meter:
     def _bill_run(self) -> None:
         """Counts the run up to the latest reading."""
         segment = self._segment
-        if segment is not None and self._status is not None and self._run_m > segment.billed_m:
-            self._total(self._status).value += self._run_m - segment.billed_m
-            segment.billed_m = self._run_m
+        if segment is None or self._status is None or self._run_m <= segment.billed_m:
+            return
+        more_m = self._run_m - segment.billed_m
+        segment.billed_m = self._run_m
+        # The speed bounds the sum as well: an odometer that goes to and fro bills no parked car.
+        left_m = max(0, math.ceil(self._allowed_m) - self._counted_m)
+        counted_m = min(more_m, left_m)
+        self._counted_m += counted_m
+        self._total(self._status).value += counted_m
+        self._total(self._status).add_gap(more_m - counted_m, "SIGNAL")
 
     def _bound_unread(self, now_ns: int) -> None:
         """Declares the way since the odometer fell silent, as far as the speed allows."""
@@ -458,11 +482,6 @@ class Meter:
     def _note_speed(self, change: SignalChange) -> None:
         if change.name == self.spec.speed:
             self._top_speed.take(change.value)
-
-    @staticmethod
-    def _reading(value: SignalValue | None) -> int | None:
-        """Odometer in whole metres from VSS kilometres."""
-        return round(float(value) * 1000) if isinstance(value, int | float) else None
 
 
 @dataclass(frozen=True, slots=True)

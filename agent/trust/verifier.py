@@ -46,6 +46,7 @@ from agent.errors import (
 )
 from agent.model import (
     ActuatorKind,
+    Entitlement,
     FeatureSpec,
     RepositoryBytes,
     Rights,
@@ -642,5 +643,22 @@ def _with_entitlements(rights: Rights, contents: Mapping[str, bytes], vin: str) 
                 f"right {right.entitlement_id}: expected feature {right.feature_id} of release"
                 f" {right.min_release} or later, the director lists {release or 'none'}"
             )
+        if spec is not None:
+            _check_enforceable(right, spec)
     by_feature = {right.feature_id: right for right in entitlements}
     return Rights(rights.version, by_feature, rights.features, rights.tokens)
+
+
+def _check_enforceable(right: Entitlement, spec: FeatureSpec) -> None:
+    """Refuse terms that nobody would enforce: a limit without a measure is no limit."""
+    meters = {meter.meter_id for meter in spec.meters}
+    for quota in right.quotas:
+        if quota.meter_id not in meters:
+            raise DisagreementError(
+                f"right {right.entitlement_id}: quota of meter {quota.meter_id!r}, feature"
+                f" {spec.feature_id} has {', '.join(sorted(meters)) or 'none'}"
+            )
+    if spec.kind is ActuatorKind.NONE and (right.ignition_cycles or right.operating_s):
+        raise DisagreementError(
+            f"right {right.entitlement_id}: limits that an ECU measures, but {spec.feature_id} has no ECU"
+        )

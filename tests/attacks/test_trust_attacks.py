@@ -39,6 +39,7 @@ from agent.errors import (
 )
 from agent.model import RepositoryBytes, TrustBytes
 from agent.trust.verifier import Floors
+from openfod.entitlement.v1 import entitlement_pb2
 
 SEAT_FILE = "features/seat-heating/1.toml"
 TOKEN_FILE = "tokens/seat-module/seat-heating.cose"
@@ -497,6 +498,19 @@ def test_a_right_to_a_release_that_is_not_listed_is_refused(cloud: Cloud) -> Non
     vehicle = supplied(cloud)
     cloud.grant(SEAT, release=1, min_release=2)
     vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError, match="release 2 or later")
+
+
+def test_a_quota_of_a_meter_that_the_feature_lacks_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    quota = entitlement_pb2.Quota(meter_id="no-such-meter", limit=5, hard=True)
+    cloud.grant(quotas=[quota])
+    vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError, "no-such-meter")
+
+
+def test_a_limit_that_no_ecu_could_measure_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    cloud.grant(LOGBOOK, validity=entitlement_pb2.Validity(ignition_cycles=5))
+    vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError, "has no ECU")
 
 
 def test_a_right_to_a_feature_that_is_not_listed_is_refused(cloud: Cloud) -> None:

@@ -63,8 +63,8 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
     [
         ('unit = "mph"', "signals.toml:6: signals[0].unit: expected 'km/h' as in small.dbc"),
         ("scale = 0.0", "signals[0].scale: expected a finite number other than 0"),
-        ("scale = nan", "signals[0].scale: expected a finite number"),
-        ("offset = inf", "signals[0].offset: expected a finite number"),
+        ("scale = nan", "signals[0].scale: expected a number, found"),
+        ("offset = inf", "signals[0].offset: expected a number, found"),
         ("text = true", "signals[0].text: signal SPEED has no value table"),
         ('check = "none"', "signals[0].check: expected one of openfod-j1850, honda"),
         ("max_age = 1", "signals[0].max_age: unknown key"),
