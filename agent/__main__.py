@@ -214,7 +214,10 @@ def _print_status(status: dict[str, object]) -> None:
         )
     buses = status.get("buses")
     if isinstance(buses, dict):
-        print("Buses: " + ", ".join(f"{name} {state}" for name, state in buses.items()))
+        counts = status.get("bus_counts")
+        counts = counts if isinstance(counts, dict) else {}
+        for name, state in buses.items():
+            print(f"Bus {name}: {state}{_counts(counts.get(name, {}))}")
     signals = status.get("signals")
     if isinstance(signals, dict) and signals:
         print()
@@ -223,6 +226,14 @@ def _print_status(status: dict[str, object]) -> None:
             for name, s in signals.items()
         ]
         print_table(("signal", "value", "unit", "age"), readings)
+
+
+def _counts(counts: dict[str, int]) -> str:
+    """What a bus brought that is worth a word."""
+    named = (("frames", "frames"), ("lost", "times lost"), ("error_frames", "error frames"))
+    return "".join(
+        f", {counts[key]} {what}" for key, what in (*named, ("malformed", "malformed")) if counts.get(key)
+    )
 
 
 def _when(unix_ms: object) -> str:

@@ -524,6 +524,15 @@ class App:
         status = self._engine.status(self._clock.monotonic_ns())
         status["vin"] = self._config.vehicle.vin
         status["source"] = self._identity.source
+        status["bus_counts"] = {
+            name: {
+                "frames": bus.counts.frames,
+                "error_frames": bus.counts.error_frames,
+                "malformed": bus.counts.malformed,
+                "lost": bus.counts.lost,
+            }
+            for name, bus in self._buses.items()
+        }
         status["messages"] = {
             f"{bus}/{message}": {
                 "used": health.used,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 class SystemClock:
-    """Clock port on Linux.
+    """The clocks of a Linux machine.
 
     The monotonic clock is CLOCK_BOOTTIME: unlike CLOCK_MONOTONIC it goes on
     while the machine is suspended, which is time in which a feature may be on.
@@ -18,10 +18,6 @@ class SystemClock:
     def monotonic_ns(self) -> int:
         """Nanoseconds since boot, suspend included."""
         return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-
-    def wall_ms(self) -> int:
-        """The system's Unix time in milliseconds; not trusted."""
-        return time.time_ns() // 1_000_000
 
     def wall_ns(self) -> int:
         """The system's Unix time in nanoseconds; not trusted."""
