@@ -69,5 +69,9 @@ class ForeignUsageError(UsageError):
     """Records of another vehicle."""
 
 
+class TooManyJournalsError(UsageError):
+    """A vehicle that begins one journal after another."""
+
+
 class ChainError(UsageError):
     """Records that do not continue the stored journal: a hole, a fork or a change."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cryptography.exceptions import InvalidSignature
@@ -18,7 +18,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from google.protobuf.message import DecodeError
 
-from cloud.errors import ChainError, ForeignUsageError, MalformedUsageError, UsageSignatureError
+from cloud.catalogue import Catalogue
+from cloud.errors import (
+    ChainError,
+    ForeignUsageError,
+    MalformedUsageError,
+    TooManyJournalsError,
+    UsageSignatureError,
+)
 from cloud.store import ReceiptRow, Transaction, UsageRow
 from openfod.usage.v1 import usage_pb2
 
@@ -36,6 +43,10 @@ MAX_DIMENSIONS = 4
 """Most dimensions of one record."""
 MAX_TEXT = 100
 """Longest identifier in a record, characters."""
+MAX_JOURNALS = 64
+"""Most journals of one vehicle; a new one begins when an agent's database was lost."""
+MAX_SHOWN = 64
+"""Longest piece of a found value that an error repeats, characters."""
 
 BATCH_CONTEXT = b"openfod.usage.batch.v1\x00"
 """What a batch's signature covers before the batch."""
@@ -44,6 +55,10 @@ RECEIPT_CONTEXT = b"openfod.usage.receipt.v1\x00"
 
 _JOURNAL = re.compile(r"[0-9a-f]{16}")
 _GENESIS = bytes(32)
+_UNITS = {"duration": usage_pb2.UNIT_MILLISECOND, "distance": usage_pb2.UNIT_METRE}
+
+Units = Mapping[tuple[str, str], frozenset[int]]
+"""By feature and meter: the units in which it counts."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +80,27 @@ class Taken:
     new_records: int
 
 
-def verify(signed: usage_pb2.SignedUsageBatch, key: ec.EllipticCurvePublicKey, source: str) -> Batch:
+def units(catalogue: Catalogue) -> Units:
+    """The units of all meters that any release of the catalogue describes."""
+    found: dict[tuple[str, str], frozenset[int]] = {}
+    for feature_id, releases in catalogue.releases.items():
+        for release in releases:
+            for meter_id, kind in release.meters.items():
+                known = found.get((feature_id, meter_id), frozenset())
+                found[feature_id, meter_id] = known | {_UNITS[kind]}
+    return found
+
+
+def verify(
+    signed: usage_pb2.SignedUsageBatch, key: ec.EllipticCurvePublicKey, source: str, units: Units
+) -> Batch:
     """Verifies a batch as received.
 
     Args:
         key: the device key of the stream that brought it.
         source: pseudonym of the vehicle of that stream.
+        units: of the meters that the catalogue knows. Use of another meter is
+            kept as it came; no price can name it.
 
     Raises:
         UsageSignatureError: another key signed it, or none.
@@ -91,15 +121,19 @@ def verify(signed: usage_pb2.SignedUsageBatch, key: ec.EllipticCurvePublicKey, s
     except DecodeError as error:
         raise MalformedUsageError("batch: not a UsageBatch") from error
     if batch.source != source:
-        raise ForeignUsageError(f"batch: source is {batch.source!r}, this stream's vehicle is {source!r}")
+        raise ForeignUsageError(
+            f"batch: source is {batch.source[:MAX_SHOWN]!r}, this stream's vehicle is {source!r}"
+        )
     if not _JOURNAL.fullmatch(batch.journal_id):
-        raise MalformedUsageError(f"batch: journal_id: expected 16 hex digits, found {batch.journal_id!r}")
+        raise MalformedUsageError(
+            f"batch: journal_id: expected 16 hex digits, found {batch.journal_id[:MAX_SHOWN]!r}"
+        )
     if not 1 <= len(batch.records) <= MAX_BATCH_RECORDS:
         raise MalformedUsageError(
             f"batch: expected 1 to {MAX_BATCH_RECORDS} records, found {len(batch.records)}"
         )
     rows: list[UsageRow] = []
-    records = [_record(content, source, batch.journal_id) for content in batch.records]
+    records = [_record(content, source, batch.journal_id, units) for content in batch.records]
     for content, record in zip(batch.records, records, strict=True):
         if rows and record.seq != rows[-1].seq + 1:
             raise ChainError(f"batch: seq {record.seq} follows {rows[-1].seq}; there must be no hole")
@@ -123,7 +157,7 @@ def claimed_journal(signed: usage_pb2.SignedUsageBatch) -> str:
     return journal_id if _JOURNAL.fullmatch(journal_id) else ""
 
 
-def _record(content: bytes, source: str, journal_id: str) -> usage_pb2.UsageRecord:
+def _record(content: bytes, source: str, journal_id: str, units: Units) -> usage_pb2.UsageRecord:
     if len(content) > MAX_RECORD_BYTES:
         raise MalformedUsageError(
             f"record: {len(content)} bytes are more than the limit of {MAX_RECORD_BYTES}"
@@ -133,42 +167,78 @@ def _record(content: bytes, source: str, journal_id: str) -> usage_pb2.UsageReco
     except DecodeError as error:
         raise MalformedUsageError("record: not a UsageRecord") from error
     if record.source != source:
-        raise ForeignUsageError(f"record: source is {record.source!r}, this stream's vehicle is {source!r}")
+        raise ForeignUsageError(
+            f"record: source is {record.source[:MAX_SHOWN]!r}, this stream's vehicle is {source!r}"
+        )
     if not 1 <= record.seq <= MAX_SEQ:
         raise MalformedUsageError(f"record: seq: expected 1 to {MAX_SEQ}, found {record.seq}")
     where = f"record {record.seq}"
     if record.id != f"{journal_id}/{record.seq}":
-        raise MalformedUsageError(f"{where}: id: expected {journal_id}/{record.seq}, found {record.id!r}")
-    if record.unit not in usage_pb2.Unit.values()[1:]:
-        raise MalformedUsageError(f"{where}: unit: {record.unit} is none of the contract")
-    for name in ("value", "gap"):
-        if getattr(record, name) > MAX_VALUE:
-            raise MalformedUsageError(f"{where}: {name}: {getattr(record, name)} is more than {MAX_VALUE}")
-    if record.window_end_ms < record.window_start_ms:
-        raise MalformedUsageError(f"{where}: the window ends before it starts")
-    if len(record.dimensions) > MAX_DIMENSIONS:
-        raise MalformedUsageError(f"{where}: more than {MAX_DIMENSIONS} dimensions")
-    texts = [record.subject, record.feature_id, record.meter_id, record.entitlement_id, record.trace_id]
-    texts += [text for d in record.dimensions for text in (d.name, d.value)]
-    if any(len(text) > MAX_TEXT for text in texts):
-        raise MalformedUsageError(f"{where}: a text is longer than {MAX_TEXT} characters")
+        raise MalformedUsageError(
+            f"{where}: id: expected {journal_id}/{record.seq}, found {record.id[:MAX_SHOWN]!r}"
+        )
+    problem = next(_record_problems(record, units), None)
+    if problem is not None:
+        raise MalformedUsageError(f"{where}: {problem}")
     return record
 
 
-def take(tx: Transaction, source: str, batch: Batch, key: Ed25519PrivateKey, now_ms: int) -> Taken:
+def _record_problems(record: usage_pb2.UsageRecord, units: Units) -> Iterator[str]:
+    """What is not as the contract says, beside the record's place in the journal."""
+    if record.unit not in usage_pb2.Unit.values()[1:]:
+        yield f"unit: {record.unit} is none of the contract"
+    expected = units.get((record.feature_id, record.meter_id))
+    if expected is not None and record.unit not in expected:
+        names = " or ".join(usage_pb2.Unit.Name(unit) for unit in sorted(expected))  # type: ignore[arg-type]
+        yield f"unit: expected {names}, in which the meter counts, found {record.unit}"
+    if record.clock_trust not in usage_pb2.ClockTrust.values()[1:]:
+        yield f"clock_trust: {record.clock_trust} is none of the contract"
+    if record.gap_reason not in usage_pb2.GapReason.values():
+        yield f"gap_reason: {record.gap_reason} is none of the contract"
+    elif record.gap and not record.gap_reason:
+        yield f"gap_reason: missing; gap is {record.gap}"
+    elif record.gap_reason and not record.gap:
+        # An agent that was down may know no amount, and an unknown stretch may have no bound.
+        if record.gap_reason != usage_pb2.GAP_REASON_AGENT_DOWN and not record.gap_unbounded:
+            yield f"gap_reason: {usage_pb2.GapReason.Name(record.gap_reason)} without a gap"
+    for name in ("value", "gap"):
+        if getattr(record, name) > MAX_VALUE:
+            yield f"{name}: {getattr(record, name)} is more than {MAX_VALUE}"
+    if record.window_start_ms < 0:
+        yield f"window_start_ms: expected at least 0, found {record.window_start_ms}"
+    if record.window_end_ms < record.window_start_ms:
+        yield "the window ends before it starts"
+    if len(record.dimensions) > MAX_DIMENSIONS:
+        yield f"more than {MAX_DIMENSIONS} dimensions"
+    if len({d.name for d in record.dimensions}) < len(record.dimensions):
+        yield "dimensions: a name occurs more than once"
+    texts = [record.subject, record.feature_id, record.meter_id, record.entitlement_id, record.trace_id]
+    texts += [text for d in record.dimensions for text in (d.name, d.value)]
+    if any(len(text) > MAX_TEXT for text in texts):
+        yield f"a text is longer than {MAX_TEXT} characters"
+
+
+def take(tx: Transaction, vin: str, source: str, batch: Batch, key: Ed25519PrivateKey, now_ms: int) -> Taken:
     """Stores what is new of a verified batch, and its receipt.
 
     A record that is stored already must have the same bytes; it is not stored
     again.
 
     Args:
+        vin, source: the vehicle and its pseudonym.
         key: receipt key.
         now_ms: Unix milliseconds.
 
     Raises:
         ChainError: the batch does not continue the stored journal.
+        TooManyJournalsError: it begins a journal, and the vehicle has MAX_JOURNALS.
     """
+    tx.lock_vehicle(vin)  # two streams of one vehicle must not read the same head
     stored = tx.receipt(source, batch.journal_id)
+    if stored is None and tx.journals(source) >= MAX_JOURNALS:
+        raise TooManyJournalsError(
+            f"the vehicle has begun {MAX_JOURNALS} journals, the limit; nothing is stored"
+        )
     head = stored.through_seq if stored else 0
     first, last = batch.rows[0].seq, batch.rows[-1].seq
     if first > head + 1:

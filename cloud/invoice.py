@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 from cloud.catalogue import Catalogue
-from cloud.rating import Line, Right, rate
+from cloud.rating import Line, Right, rate, total
 from cloud.store import EntitlementRow, UsageRow
 from openfod.entitlement.v1 import entitlement_pb2
 from openfod.operator.v1 import operator_service_pb2
@@ -15,7 +15,11 @@ from openfod.usage.v1 import usage_pb2
 def preview(
     catalogue: Catalogue, rows: list[EntitlementRow], usage: list[UsageRow], now_ms: int
 ) -> operator_service_pb2.PreviewInvoiceResponse:
-    """Rates a vehicle's rights and records into one invoice per account and currency."""
+    """Rates a vehicle's rights and records into one invoice per account and currency.
+
+    Raises:
+        NotPossibleError: an amount or a total is beyond what the contract can carry.
+    """
     rights = [_right(catalogue, row) for row in rows]
     records = [usage_pb2.UsageRecord.FromString(row.content) for row in usage]
     by_account: dict[tuple[str, str], list[Line]] = defaultdict(list)
@@ -27,7 +31,7 @@ def preview(
                 account=account,
                 currency=currency,
                 lines=[_line(line) for line in lines],
-                total_minor=sum(line.amount_minor for line in lines),
+                total_minor=total(lines),
                 rated_ms=now_ms,
             )
             for (account, currency), lines in sorted(by_account.items())

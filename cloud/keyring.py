@@ -106,7 +106,8 @@ def load_roots(path: Path) -> tuple[dict[int, bytes], Metadata[Root]]:
     for (older, _), (newer, file) in itertools.pairwise(loaded):
         if newer.signed.version != older.signed.version + 1:
             raise StartError(
-                f"{file}: version {newer.signed.version} follows {older.signed.version}; there must be no hole"
+                f"{file}: expected version {older.signed.version + 1}, found {newer.signed.version}; "
+                "there must be no hole"
             )
         try:
             older.verify_delegate(Root.type, newer)

@@ -6,6 +6,7 @@ the audit log with the name in it, in the transaction that it changes.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import hashlib
 import re
@@ -21,7 +22,7 @@ from cloud.changes import Changes, Topic
 from cloud.errors import ExistsError, InvalidRequestError, RequestError
 from cloud.model import HEAD_UNIT, IDENTIFIER_PATTERN, VIN_PATTERN, Ecu
 from cloud.rights import Rights, known_vehicle
-from cloud.store import EntitlementRow, RequestRow, Store, Transaction, VehicleRow
+from cloud.store import EntitlementRow, RequestRow, Store, Transaction, UsageRow, VehicleRow
 from cloud.vehicle_service import VehicleService
 from common import log
 from openfod.entitlement.v1 import entitlement_pb2
@@ -98,6 +99,7 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
         as the vehicle has not enrolled, a repetition (also one under another
         request_id, with the same ECUs) makes a new claim, which ends the first.
         """
+        request.request_id = request.request_id.lower()  # RFC 9562, section 4: case means nothing
         vin = _vin(request.vin)
         ecus = _ecus(request.ecus)
         now_ms = self._now_ms()
@@ -123,6 +125,7 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
         self, request: pb.GrantEntitlementRequest, operator: str
     ) -> pb.GrantEntitlementResponse:
         """Grants a vehicle the right of a plan."""
+        request.request_id = request.request_id.lower()  # RFC 9562, section 4: case means nothing
         vin = _vin(request.vin)
         _match("plan_id", request.plan_id, IDENTIFIER_PATTERN)
         _match("account", request.account, _ACCOUNT)
@@ -170,6 +173,7 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
         self, request: pb.RevokeEntitlementRequest, operator: str
     ) -> pb.RevokeEntitlementResponse:
         """Ends a right. The vehicle holds the feature until it is safe to release."""
+        request.request_id = request.request_id.lower()  # RFC 9562, section 4: case means nothing
         vin = _vin(request.vin)
         _match("entitlement_id", request.entitlement_id, _ENTITLEMENT)
         if not 1 <= len(request.reason) <= MAX_REASON:
@@ -293,11 +297,12 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
         vin = _vin(request.vin)
         now_ms = self._now_ms()
 
-        def work(tx: Transaction) -> pb.PreviewInvoiceResponse:
-            vehicle = known_vehicle(tx, vin)
-            return invoice.preview(self._catalogue, tx.entitlements(vin), tx.usage(vehicle.source), now_ms)
+        def work(tx: Transaction) -> tuple[list[EntitlementRow], list[UsageRow]]:
+            return tx.entitlements(vin), tx.usage(known_vehicle(tx, vin).source)
 
-        return await self._store.run(work)
+        rows, usage = await self._store.run(work)
+        # Long usage takes seconds to rate, for which no other vehicle should wait.
+        return await asyncio.to_thread(invoice.preview, self._catalogue, rows, usage, now_ms)
 
     # ----------------------------------------------------------------------
 
@@ -325,7 +330,7 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
             ExistsError: the id was used for another content.
         """
         try:
-            valid = str(uuid.UUID(request_id)) == request_id.lower()
+            valid = str(uuid.UUID(request_id)) == request_id
         except ValueError:
             valid = False
         if not valid:

@@ -7,9 +7,11 @@ new version of the same id; rights keep the version that they were granted at.
 from __future__ import annotations
 
 import enum
+import hashlib
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -113,6 +115,13 @@ class Plan:
         """The period; None for a right without a date of its own."""
         return Period.parse(self.period)
 
+    @property
+    def terms_sha256(self) -> bytes:
+        """SHA-256 of everything that the plan means; its title is only words."""
+        terms = {key: value for key, value in asdict(self).items() if key != "title"}
+        text = json.dumps(terms, sort_keys=True, default=lambda member: member.value)
+        return hashlib.sha256(text.encode()).digest()
+
     def problems(self) -> Iterator[tuple[str, str]]:
         """What must fit together."""
         if self.period and self.length is None:
@@ -182,8 +191,8 @@ def _misfits(plan: Plan, release: Release) -> Iterator[str]:
     limits = [n for n in ("ignition_cycles", "operating_s") if getattr(plan, n)]
     if release.feature_number and plan.kind is not PlanKind.PERPETUAL and not limits:
         yield (
-            "ignition_cycles: a right that is not perpetual needs ignition_cycles or operating_s, which the "
-            f"ECU of {name} measures by itself"
+            "ignition_cycles: a right that is not perpetual needs ignition_cycles or operating_s, "
+            f"which the ECU measures by itself ({name})"
         )
     if not release.feature_number:
         for limit in limits:

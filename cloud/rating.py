@@ -18,7 +18,7 @@ from openfod.entitlement.v1 import entitlement_pb2
 from openfod.usage.v1 import usage_pb2
 
 MAX_AMOUNT = 2**63 - 1
-"""Highest amount or quantity of one line."""
+"""Highest amount or quantity of one line, and highest total."""
 MAX_TRACE_IDS = 100
 """Most trace-ids that one line lists."""
 
@@ -82,8 +82,9 @@ def started_periods(period: str, granted_ms: int, until_ms: int, *, renews: bool
 def rate(rights: Iterable[Right], records: Iterable[usage_pb2.UsageRecord], now_ms: int) -> list[Line]:
     """Makes the lines of all rights: the fixed price first, then its use by meter and dimensions.
 
-    Records of rights that are not among `rights`, and of meters without a
-    price, make no line.
+    Use that no price names, or that is of another feature than its right,
+    makes a line of amount 0. Records of rights that are not among `rights`
+    make no line.
 
     Raises:
         NotPossibleError: an amount is beyond MAX_AMOUNT.
@@ -101,6 +102,18 @@ def rate(rights: Iterable[Right], records: Iterable[usage_pb2.UsageRecord], now_
         if max(line.amount_minor, line.quantity, line.declared_gap) > MAX_AMOUNT:
             raise NotPossibleError(f"{line.description}: an amount is beyond {MAX_AMOUNT}; it needs a person")
     return lines
+
+
+def total(lines: Iterable[Line]) -> int:
+    """Sum of the lines' amounts, minor units.
+
+    Raises:
+        NotPossibleError: it is beyond MAX_AMOUNT.
+    """
+    amount_minor = sum(line.amount_minor for line in lines)
+    if amount_minor > MAX_AMOUNT:
+        raise NotPossibleError(f"the total of an invoice is beyond {MAX_AMOUNT}; it needs a person")
+    return amount_minor
 
 
 def _period_line(right: Right, now_ms: int) -> Line:
@@ -129,29 +142,34 @@ def _period_line(right: Right, now_ms: int) -> Line:
 
 
 def _use_lines(right: Right, records: Iterable[usage_pb2.UsageRecord]) -> Iterable[Line]:
-    groups: dict[tuple[str, int, tuple[tuple[str, str], ...]], list[usage_pb2.UsageRecord]] = defaultdict(
-        list
-    )
+    prices = {price.meter_id: price for price in right.entitlement.display_terms.use_prices}
+    order = {meter_id: index for index, meter_id in enumerate(prices)}
+    groups: dict[tuple[int, str, int, _Dimensions], list[usage_pb2.UsageRecord]] = defaultdict(list)
     for record in records:
         dimensions = tuple(sorted((d.name, d.value) for d in record.dimensions))
-        groups[record.meter_id, record.unit, dimensions].append(record)
-    for price in right.entitlement.display_terms.use_prices:
-        for (meter_id, unit, dimensions), group in sorted(groups.items()):
-            if meter_id != price.meter_id:
-                continue
-            quantity = sum(r.value for r in group)
-            labels = ", ".join(f"{name} {value}" for name, value in dimensions)
-            yield Line(
-                entitlement=right.entitlement,
-                description=f"{right.title}: {meter_id}" + (f" ({labels})" if labels else ""),
-                meter_id=meter_id,
-                dimensions=dimensions,
-                quantity=quantity,
-                unit=unit,
-                price_minor=price.price_minor,
-                per_units=price.per_units,
-                amount_minor=amount(quantity, price.price_minor, price.per_units),
-                declared_gap=sum(r.gap for r in group),
-                gap_unbounded=any(r.gap_unbounded for r in group),
-                trace_ids=tuple(sorted({r.trace_id for r in group if r.trace_id}))[:MAX_TRACE_IDS],
-            )
+        is_priced = record.feature_id == right.entitlement.feature_id and record.meter_id in prices
+        place = order[record.meter_id] if is_priced else len(order)
+        groups[place, record.meter_id, record.unit, dimensions].append(record)
+    for (place, meter_id, unit, dimensions), group in sorted(groups.items()):
+        price = prices[meter_id] if place < len(order) else None
+        quantity, gap = sum(r.value for r in group), sum(r.gap for r in group)
+        unbounded = any(r.gap_unbounded for r in group)
+        if price is None and not (quantity or gap or unbounded):
+            continue
+        labels = ", ".join(f"{name} {value}" for name, value in dimensions)
+        yield Line(
+            entitlement=right.entitlement,
+            description=f"{right.title}: {meter_id}"
+            + (f" ({labels})" if labels else "")
+            + ("" if price else ", no price agreed"),
+            meter_id=meter_id,
+            dimensions=dimensions,
+            quantity=quantity,
+            unit=unit,
+            price_minor=price.price_minor if price else 0,
+            per_units=price.per_units if price else 1,
+            amount_minor=amount(quantity, price.price_minor, price.per_units) if price else 0,
+            declared_gap=gap,
+            gap_unbounded=unbounded,
+            trace_ids=tuple(sorted({r.trace_id for r in group if r.trace_id}))[:MAX_TRACE_IDS],
+        )

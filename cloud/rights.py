@@ -262,11 +262,26 @@ class Rights:
             update.catalogue.targets = self._catalogue.targets
 
     def check(self, tx: Transaction) -> None:
-        """Makes sure that the catalogue describes what live rights give.
+        """Makes sure that rights keep what they refer to: the catalogue's releases and the plans' terms.
 
         Raises:
-            StartError: it does not; the vehicles would get no update at all.
+            StartError: a live right's release is missing, so that its vehicle
+                would get no update at all, or a plan means something else
+                under a version that was offered before.
         """
+        offered = tx.plan_terms()
+        changed = []
+        for plan in self._plans.values():
+            known = offered.get((plan.id, plan.version))
+            if known is None:
+                tx.add_plan_terms(plan.id, plan.version, plan.terms_sha256)
+            elif known != plan.terms_sha256:
+                changed.append(f"{plan.id} version {plan.version}")
+        if changed:
+            raise StartError(
+                f"plans with other terms than when they were first offered: {', '.join(sorted(changed))}; "
+                "a change is a new version"
+            )
         missing: dict[str, str] = {}
         for row in tx.live_entitlements():
             right = entitlement_pb2.Entitlement.FromString(row.content)

@@ -154,6 +154,15 @@ audit_log = sa.Table(
     sa.Column("detail", sa.Text, nullable=False),
 )
 
+# What each version of a plan meant when it was first offered: rights refer to it for ever.
+plan_versions = sa.Table(
+    "plan_versions",
+    metadata,
+    sa.Column("plan_id", sa.String(48), primary_key=True),
+    sa.Column("version", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("terms_sha256", sa.LargeBinary(32), nullable=False),
+)
+
 # One row: what the cloud last signed over the catalogue.
 catalogue_state = sa.Table(
     "catalogue_state",

@@ -17,7 +17,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 
-from cloud import catalogue, config, keyring, plans
+from cloud import catalogue, config, ingest, keyring, plans
 from cloud.changes import Changes
 from cloud.config import CloudConfig
 from cloud.errors import StartError
@@ -113,7 +113,7 @@ async def start(
         await asyncio.to_thread(store.close)
         raise
     changes = Changes()
-    vehicles = VehicleService(store, rights, changes, keys.receipt, now_ms)
+    vehicles = VehicleService(store, rights, changes, keys.receipt, ingest.units(signed), now_ms)
     operators = OperatorService(
         store,
         rights,

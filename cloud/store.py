@@ -316,6 +316,12 @@ class Transaction:
         row = self._connection.execute(sa.select(*columns).where(mine)).one_or_none()
         return ReceiptRow(*row) if row else None
 
+    def journals(self, source: str) -> int:
+        """How many journals a vehicle has begun."""
+        table = schema.receipts
+        query = sa.select(sa.func.count()).select_from(table).where(table.c.source == source)
+        return int(self._connection.scalar(query) or 0)
+
     def put_receipt(self, source: str, journal_id: str, row: ReceiptRow) -> None:
         """Stores the newest receipt of a journal."""
         key = {"source": source, "journal_id": journal_id}
@@ -393,6 +399,17 @@ class Transaction:
         rows = self._connection.execute(query.order_by(table.c.id))
         return [(actor, action, json.loads(detail)) for actor, action, detail in rows]
 
+    def plan_terms(self) -> dict[tuple[str, int], bytes]:
+        """SHA-256 of the terms of every plan that was ever offered, by id and version."""
+        table = schema.plan_versions
+        query = sa.select(table.c.plan_id, table.c.version, table.c.terms_sha256)
+        return {(plan, version): digest for plan, version, digest in self._connection.execute(query)}
+
+    def add_plan_terms(self, plan_id: str, version: int, terms_sha256: bytes) -> None:
+        """Keeps what a version of a plan means for ever."""
+        values = {"plan_id": plan_id, "version": version, "terms_sha256": terms_sha256}
+        self._insert(schema.plan_versions, values)
+
     def fresh(self) -> Fresh | None:
         """What was last signed over the catalogue."""
         table = schema.catalogue_state
@@ -427,12 +444,12 @@ class Store:
             StartError: it cannot be opened, or a newer version of this program
                 made it.
         """
-        self._engine = _open(url)
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="store")
         try:
+            self._engine = _open(url)
             _migrate(self._engine)
-        except SQLAlchemyError as error:
+        except (SQLAlchemyError, ImportError, OSError) as error:  # no such dialect, driver or folder
             raise StartError(f"{url.render_as_string()}: database cannot be used: {error}") from error
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="store")
 
     async def run(self, work: Callable[[Transaction], T]) -> T:
         """Does `work` in one transaction on the store's thread."""

@@ -38,6 +38,10 @@ MAX_FEATURES = 256
 """Most features in one status report."""
 MAX_REASON = 256
 """Longest reason in a status, characters."""
+MAX_ID = 64
+"""Longest identifier of a right or a trace in a status, characters."""
+MAX_ENROLMENTS = 4
+"""Most enrolments at a time; their callers are strangers, and the others wait."""
 MAX_ERROR = 1_024
 """Longest error in an update result, characters."""
 SIGNED_TIME_MAX_AGE_MS = 55_000
@@ -51,6 +55,7 @@ class EnrolmentService(vehicle_service_pb2_grpc.EnrolmentServiceServicer):
 
     def __init__(self, store: Store, keys: Keyring, now_ms: Callable[[], int]) -> None:
         self._store, self._keys, self._now_ms = store, keys, now_ms
+        self._places = asyncio.Semaphore(MAX_ENROLMENTS)
 
     async def Enroll(self, request: pb.EnrollRequest, context: identity.Context) -> pb.EnrollResponse:  # noqa: N802
         """Issues the device certificate of a pre-authorised VIN."""
@@ -68,8 +73,9 @@ class EnrolmentService(vehicle_service_pb2_grpc.EnrolmentServiceServicer):
 
         try:
             # Callers are not known yet: their requests are checked before the database is locked.
-            key = await asyncio.to_thread(enrolment.device_key, request.csr_der)
-            issued = await self._store.run(work)
+            async with self._places:
+                key = await asyncio.to_thread(enrolment.device_key, request.csr_der)
+                issued = await self._store.run(work)
         except InvalidRequestError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except ClaimError as error:
@@ -121,10 +127,11 @@ class VehicleService(vehicle_service_pb2_grpc.VehicleServiceServicer):
         rights: Rights,
         changes: Changes,
         receipt_key: Ed25519PrivateKey,
+        units: ingest.Units,
         now_ms: Callable[[], int],
     ) -> None:
         self._store, self._rights, self._changes = store, rights, changes
-        self._receipt_key, self._now_ms = receipt_key, now_ms
+        self._receipt_key, self._units, self._now_ms = receipt_key, units, now_ms
         self._streams: dict[str, _Stream] = {}
 
     def connected(self, vin: str) -> bool:
@@ -281,6 +288,8 @@ class VehicleService(vehicle_service_pb2_grpc.VehicleServiceServicer):
                     "feature_status.feature_id", expected=IDENTIFIER_PATTERN, found=status.feature_id[:64]
                 )
             _bounded("feature_status.reason", status.reason, MAX_REASON)
+            _bounded("feature_status.entitlement_id", status.entitlement_id, MAX_ID)
+            _bounded("feature_status.trace_id", status.trace_id, MAX_ID)
         features = {s.feature_id: s.SerializeToString(deterministic=True) for s in report.features}
         await self._store.run(lambda tx: tx.replace_status(stream.vin, features))
         self._changes.notify(Topic.STATUS, stream.vin)
@@ -288,12 +297,16 @@ class VehicleService(vehicle_service_pb2_grpc.VehicleServiceServicer):
     async def _usage(self, stream: _Stream, signed: usage_pb2.SignedUsageBatch) -> pb.ConnectResponse:
         try:
             # A full batch takes milliseconds, for which other streams should not wait.
-            batch = await asyncio.to_thread(ingest.verify, signed, stream.device.key, stream.source)
+            batch = await asyncio.to_thread(
+                ingest.verify, signed, stream.device.key, stream.source, self._units
+            )
         except UsageError as error:
             return await self._refuse(stream, signed, error)
         try:
             taken = await self._store.run(
-                lambda tx: ingest.take(tx, stream.source, batch, self._receipt_key, self._now_ms())
+                lambda tx: ingest.take(
+                    tx, stream.vin, stream.source, batch, self._receipt_key, self._now_ms()
+                )
             )
         except UsageError as error:
             return await self._refuse(stream, signed, error)

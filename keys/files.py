@@ -34,7 +34,9 @@ def write(path: Path, content: bytes) -> None:
     """Writes a whole file durably, mode 0600, making its folder if needed."""
     make_folder(path.parent)
     fresh = path.with_name(path.name + ".new")
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, PRIVATE_MODE)
+    # What lies there may have another mode, a reader, or be a link: never write into it.
+    fresh.unlink(missing_ok=True)
+    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, PRIVATE_MODE)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
         file.flush()

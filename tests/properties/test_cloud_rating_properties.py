@@ -59,9 +59,27 @@ def test_a_line_is_rounded_once_and_gaps_are_shown_not_billed(
 
 
 @given(st.lists(st.integers(0, 10**6), min_size=1))
-def test_meters_without_a_price_and_foreign_rights_make_no_line(values: list[int]) -> None:
+def test_use_without_a_price_is_shown_and_costs_nothing(values: list[int]) -> None:
     records = [_record(value, 0, meter="unpriced") for value in values]
+    shown = [(line.quantity, line.amount_minor) for line in rate([_right(1, 1)], records, 1)]
+    assert shown == ([(sum(values), 0)] if any(values) else [])
+
+
+@given(st.lists(st.integers(0, 10**6), min_size=1))
+def test_use_of_foreign_rights_makes_no_line(values: list[int]) -> None:
+    records = [_record(value, 0) for value in values]
+    for record in records:
+        record.entitlement_id = "another"
     assert rate([_right(1, 1)], records, 1) == []
+
+
+@given(st.integers(1, 10**12))
+def test_use_of_another_feature_than_the_rights_costs_nothing(value: int) -> None:
+    record = _record(value, 0)
+    record.feature_id = "another"
+    (line,) = rate([_right(1, 1)], [record], 1)
+    assert (line.quantity, line.amount_minor) == (value, 0)
+    assert line.description.endswith("no price agreed")
 
 
 @given(instants, st.integers(0, 60), st.sampled_from(["P1M", "P1Y", "P7D", "P1M3D"]))

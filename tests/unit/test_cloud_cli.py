@@ -97,7 +97,7 @@ def test_from_registration_to_invoice(running: Running, capsys: pytest.CaptureFi
         device = await running.world.enroll(VIN, claim)
         stream = running.world.connect(device)
         await stream.hello()
-        records = chain(device.source, 2, value=50_000, entitlement_id=right, gap=7)
+        records = chain(device.source, 2, value=50_000, entitlement_id=right, gap=7, gap_reason=1)
         await stream.upload(signed_batch(device.key, device.source, records))
 
     running.do(drive())

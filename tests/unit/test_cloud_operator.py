@@ -213,7 +213,14 @@ def test_usage_is_listed_by_pages_and_billed(tmp_path: Path) -> None:
         stream = world.connect(device)
         await stream.hello()
         right = granted.entitlement.entitlement_id
-        records = chain(device.source, 5, value=50_000, gap=500, entitlement_id=right)
+        records = chain(
+            device.source,
+            5,
+            value=50_000,
+            gap=500,
+            gap_reason=usage_pb2.GAP_REASON_EDGE,
+            entitlement_id=right,
+        )
         await stream.upload(signed_batch(device.key, device.source, records))
 
         page = await world.operator.ListUsage(pb.ListUsageRequest(vin=VIN, page_size=3))
