@@ -221,10 +221,7 @@ def _print_status(status: dict[str, object]) -> None:
     signals = status.get("signals")
     if isinstance(signals, dict) and signals:
         print()
-        readings = [
-            (name, "unknown" if s["value"] is None else s["value"], s["unit"], _age(s["age_ms"]))
-            for name, s in signals.items()
-        ]
+        readings = [(name, _value(s["value"]), s["unit"], _age(s["age_ms"])) for name, s in signals.items()]
         print_table(("signal", "value", "unit", "age"), readings)
 
 
@@ -240,6 +237,12 @@ def _when(unix_ms: object) -> str:
     if not isinstance(unix_ms, int) or unix_ms == 0:
         return "never"
     return datetime.fromtimestamp(unix_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _value(value: object) -> str:
+    if value is None:
+        return "unknown"
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
 def _age(age_ms: object) -> str:
