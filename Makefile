@@ -68,7 +68,7 @@ lock: ## Renew the lock files (needs uv)
 	uv pip compile --quiet --universal --generate-hashes --no-header --no-emit-index-url --python-version 3.11 --all-extras pyproject.toml -o requirements.lock
 	uv pip compile --quiet --universal --generate-hashes --no-header --no-emit-index-url --python-version 3.11 pyproject.toml -o requirements-agent.lock
 
-bench: $(STAMP) ## Benchmarks; results go into bench/RESULTS.md
+bench: $(STAMP) ## Benchmarks; prints figures (ARGS=NAME for one of them)
 	@$(BIN)/python -m bench $(ARGS)
 
 clean: ## Remove what was made, the environment included

@@ -55,6 +55,8 @@ RECEIPT_CONTEXT = b"openfod.usage.receipt.v1\x00"
 
 _JOURNAL = re.compile(r"[0-9a-f]{16}")
 _GENESIS = bytes(32)
+# An agent that was down may have missed nothing, or an amount that it does not know.
+_REASONS_WITHOUT_GAP = (usage_pb2.GAP_REASON_UNSPECIFIED, usage_pb2.GAP_REASON_AGENT_DOWN)
 _UNITS = {"duration": usage_pb2.UNIT_MILLISECOND, "distance": usage_pb2.UNIT_METRE}
 
 Units = Mapping[tuple[str, str], frozenset[int]]
@@ -197,10 +199,8 @@ def _record_problems(record: usage_pb2.UsageRecord, units: Units) -> Iterator[st
         yield f"gap_reason: {record.gap_reason} is none of the contract"
     elif record.gap and not record.gap_reason:
         yield f"gap_reason: missing; gap is {record.gap}"
-    elif record.gap_reason and not record.gap:
-        # An agent that was down may know no amount, and an unknown stretch may have no bound.
-        if record.gap_reason != usage_pb2.GAP_REASON_AGENT_DOWN and not record.gap_unbounded:
-            yield f"gap_reason: {usage_pb2.GapReason.Name(record.gap_reason)} without a gap"
+    elif record.gap_reason not in _REASONS_WITHOUT_GAP and not (record.gap or record.gap_unbounded):
+        yield f"gap_reason: {usage_pb2.GapReason.Name(record.gap_reason)} without a gap"
     for name in ("value", "gap"):
         if getattr(record, name) > MAX_VALUE:
             yield f"{name}: {getattr(record, name)} is more than {MAX_VALUE}"

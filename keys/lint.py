@@ -51,6 +51,8 @@ MAX_REQUEST_BYTES = 64
 MAX_HOLD_S = 86_400
 """Longest time for which an ended right may be held, seconds."""
 
+HEAD_UNIT = "head-unit"
+"""ECU identifier of features that live on the agent itself: no ECU verifies their tokens."""
 IDENTIFIER = r"[a-z][a-z0-9-]{1,47}"
 _HEX = re.compile(r"[0-9A-F]{2}( [0-9A-F]{2})*")
 _VSS_NAME = re.compile(r"Vehicle(\.[A-Z][A-Za-z0-9]*){1,15}")
@@ -281,6 +283,8 @@ class FeatureFile:
         token = self.actuator.kind is ActuatorKind.TOKEN
         if self.feature.enforcement == "ecu-token" and not token:
             yield "actuator.kind", 'enforcement "ecu-token" needs kind "token"'
+        if token is (self.ecu.identifier == HEAD_UNIT):
+            yield "ecu.identifier", f'kind "none" belongs to {HEAD_UNIT}, and nothing else does'
         for name in ("bus", "request_id", "response_id"):
             given = getattr(self.ecu, name) is not None
             if token and not given:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from support.cloud_world import JOURNAL, OTHER_VIN, Device, World, chain, play, record, signed_batch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from support.cloud_world import JOURNAL, OTHER_VIN, VIN, Device, World, chain, play, record, signed_batch
 
+from cloud import ingest
+from cloud.store import ReceiptRow, Transaction, VehicleRow
 from openfod.usage.v1 import usage_pb2
+from openfod.vehicle.v1 import vehicle_service_pb2 as vehicle_pb2
 
 Attack = Callable[[Device, list[bytes]], usage_pb2.SignedUsageBatch]
 
@@ -65,6 +70,19 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     "value too large": (lambda d, s: _next(d, s, value=10**12 + 1), "MalformedUsageError"),
     "no unit": (lambda d, s: _next(d, s, unit=0), "MalformedUsageError"),
     "window ends before it starts": (lambda d, s: _next(d, s, window_end_ms=1), "MalformedUsageError"),
+    "window before 1970": (lambda d, s: _next(d, s, window_start_ms=-1), "MalformedUsageError"),
+    "unit of another meter": (lambda d, s: _next(d, s, unit=usage_pb2.UNIT_METRE), "MalformedUsageError"),
+    "clock of no kind": (lambda d, s: _next(d, s, clock_trust=0), "MalformedUsageError"),
+    "gap without a reason": (lambda d, s: _next(d, s, gap=5), "MalformedUsageError"),
+    "reason without a gap": (
+        lambda d, s: _next(d, s, gap_reason=usage_pb2.GAP_REASON_EDGE),
+        "MalformedUsageError",
+    ),
+    "reason of the future": (lambda d, s: _next(d, s, gap=5, gap_reason=99), "MalformedUsageError"),
+    "dimension twice": (
+        lambda d, s: _next(d, s, dimensions=[usage_pb2.Dimension(name="a", value="1")] * 2),
+        "MalformedUsageError",
+    ),
     "id of another position": (lambda d, s: _next(d, s, id=f"{JOURNAL}/5"), "MalformedUsageError"),
     "hole behind the head": (
         lambda d, s: _sign(d, [record(d.source, 5, _head(s))]),
@@ -147,5 +165,96 @@ def test_a_repeated_batch_is_stored_once_and_gets_the_same_receipt(tmp_path: Pat
         assert receipt.through_seq == 5
         rows = await world.cloud.store.run(lambda tx: tx.usage(device.source))
         assert [row.seq for row in rows] == [1, 2, 3, 4, 5]
+
+    play(tmp_path, story)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"gap_reason": usage_pb2.GAP_REASON_AGENT_DOWN, "gap_unbounded": True},
+        {"gap_reason": usage_pb2.GAP_REASON_SIGNAL, "gap_unbounded": True, "value": 10**12},
+        {"gap_reason": usage_pb2.GAP_REASON_EDGE, "gap": 10**12},
+        {"meter_id": "unheard-of", "unit": usage_pb2.UNIT_ONE},
+    ],
+    ids=["down without a bound", "clamped", "largest gap", "meter of another catalogue"],
+)
+def test_what_an_honest_agent_says_is_taken(tmp_path: Path, fields: dict[str, Any]) -> None:
+    async def story(world: World) -> None:
+        device = await world.device()
+        stream = world.connect(device)
+        await stream.hello()
+        answer = await stream.upload(
+            signed_batch(device.key, device.source, chain(device.source, 1, **fields))
+        )
+        assert answer.WhichOneof("payload") == "receipt", answer
+
+    play(tmp_path, story)
+
+
+def test_a_vehicle_cannot_begin_journals_without_end(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        device = await world.device()
+        stream = world.connect(device)
+        await stream.hello()
+
+        async def begin(number: int) -> vehicle_pb2.ConnectResponse:
+            journal = f"{number:016x}"
+            first = record(device.source, 1, bytes(32), id=f"{journal}/1")
+            return await stream.upload(signed_batch(device.key, device.source, [first], journal))
+
+        for number in range(ingest.MAX_JOURNALS):
+            assert (await begin(number)).WhichOneof("payload") == "receipt"
+        refusal = (await begin(ingest.MAX_JOURNALS)).usage_refusal
+        assert refusal.error_type == "TooManyJournalsError"
+        assert str(ingest.MAX_JOURNALS) in refusal.error
+        assert (await begin(0)).WhichOneof("payload") == "receipt"  # a known one goes on
+
+    play(tmp_path, story)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["batch", "record"])
+def test_a_refusal_does_not_repeat_what_is_long(tmp_path: Path, inside: bool) -> None:
+    async def story(world: World) -> None:
+        device = await world.device()
+        stream = world.connect(device)
+        await stream.hello()
+        source = device.source if inside else "v" * 1_000_000
+        records = chain("v" * 1_500, 1)
+        answer = await stream.upload(signed_batch(device.key, source, records))
+        assert answer.usage_refusal.error_type == "ForeignUsageError"
+        assert len(answer.usage_refusal.error) < 300
+
+    play(tmp_path, story)
+
+
+def test_two_streams_that_take_the_same_batch_wait_for_one_another(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        device = await world.device()
+        batch = ingest.verify(
+            signed_batch(device.key, device.source, chain(device.source, 1)),
+            device.key.public_key(),
+            device.source,
+            {},
+        )
+        seen: list[str] = []
+
+        def work(tx: Transaction) -> None:
+            lock, read = tx.lock_vehicle, tx.receipt
+
+            def locked(vin: str) -> VehicleRow | None:
+                seen.append("lock")
+                return lock(vin)
+
+            def receipt(source: str, journal_id: str) -> ReceiptRow | None:
+                seen.append("read")
+                return read(source, journal_id)
+
+            tx.lock_vehicle = locked  # type: ignore[method-assign]
+            tx.receipt = receipt  # type: ignore[method-assign]
+            ingest.take(tx, VIN, device.source, batch, Ed25519PrivateKey.generate(), 1)
+
+        await world.cloud.store.run(work)
+        assert seen[:2] == ["lock", "read"]
 
     play(tmp_path, story)

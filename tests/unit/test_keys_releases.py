@@ -56,7 +56,6 @@ def test_a_release_without_a_token_is_refused(tmp_path: Path) -> None:
     source = _releases(tmp_path)
     path = source / "features/seat-heating/2.toml"
     logbook = (source / "features/drivers-logbook/1.toml").read_text()
-    logbook = logbook.replace('identifier = "head-unit"', 'identifier = "seat-module"')
     text = logbook.replace('id = "drivers-logbook"', 'id = "seat-heating"').replace(
         "release = 1", "release = 2"
     )
