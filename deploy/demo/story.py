@@ -271,7 +271,7 @@ class Story:
             f"cloud {before[ACTIVE_TIME]} ms, {before[HEATED_DISTANCE]} m",
             held=before == self._closed(self._before_kill) and _is_chain(records),
         )
-        self._show("fod-cloud", "invoice", VIN, "--config", stage.cloud_config, most=5)
+        self._show("fod-cloud", "invoice", VIN, "--config", stage.cloud_config, most=6)
         bills, truth = _bills(records), stage.truth()
         page.say("Beside it, what the simulator itself wrote down as the truth (the cloud never sees it):")
         self._beside_truth(bills, truth)
