@@ -236,7 +236,7 @@ def invoice(stub: Stub, arguments: argparse.Namespace) -> int:
     for found in answer.invoices:
         print(f"Invoice preview for {found.account}, as of {_time(found.rated_ms)}")
         cli.print_table(
-            ["what", "quantity", "price", "amount", "not metered, not billed"],
+            ["what", "quantity", "price", "amount", "declared gap"],
             [
                 (
                     line.description,
@@ -253,6 +253,7 @@ def invoice(stub: Stub, arguments: argparse.Namespace) -> int:
     if not answer.invoices:
         print("nothing to bill: the vehicle never had a right")
     print("Each line is quantity times price, rounded once, half up, to the smallest unit of the currency.")
+    print("A declared gap could not be metered, and is not billed.")
     print("A right's fixed price is due at the start of each of its periods.")
     return cli.EXIT_DONE
 
