@@ -446,7 +446,11 @@ class Store:
         """
         try:
             self._engine = _open(url)
-            _migrate(self._engine)
+            try:
+                _migrate(self._engine)
+            except BaseException:
+                self._engine.dispose()
+                raise
         except (SQLAlchemyError, ImportError, OSError) as error:  # no such dialect, driver or folder
             raise StartError(f"{url.render_as_string()}: database cannot be used: {error}") from error
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="store")
@@ -481,8 +485,12 @@ def _open(url: sa.URL) -> sa.Engine:
         assert isinstance(connection, sqlite3.Connection)
         # The driver's own transactions begin too late: SELECT would run outside.
         connection.isolation_level = None
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-            connection.execute(f"PRAGMA {pragma}")
+        try:
+            for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+                connection.execute(f"PRAGMA {pragma}")
+        except sqlite3.Error:
+            connection.close()
+            raise
 
     @sa.event.listens_for(engine, "begin")
     def _on_begin(connection: sa.Connection) -> None:
