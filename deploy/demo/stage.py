@@ -210,10 +210,12 @@ class Stage:
     Args:
         folder: everything is written there; wiped first.
         transport: bus of the simulator: "auto", "socketcan" or "socketcand".
+        slcan: the agent is joined by the simulator's serial adapter instead.
     """
 
-    def __init__(self, folder: Path, *, transport: str = "auto") -> None:
+    def __init__(self, folder: Path, *, transport: str = "auto", slcan: bool = False) -> None:
         self.folder = folder
+        self._slcan = slcan
         self._transport = transport
         self._programs: dict[str, Program] = {}
         self._lock: IO[str] | None = None
@@ -348,7 +350,11 @@ class Stage:
         """Starts the simulated vehicle; its bus is in `bus`."""
         text = _filled(
             (DEMO / "scenario.toml").read_text(),
-            {"../../run/demo/": "", 'transport = "auto"': f'transport = "{self._transport}"'},
+            {
+                "../../run/demo/": "",
+                'transport = "auto"': f'transport = "{self._transport}"',
+                "slcan = false": f"slcan = {json.dumps(self._slcan)}",
+            },
         )
         # The driver of the story presses the seat's button; the timeline only switches the ignition on.
         text = text[: text.index("[[timeline]]")] + '[[timeline]]\nat_s = 0\ndo = "ignition on"\n'
@@ -361,6 +367,8 @@ class Stage:
     def write_agent_config(self, who: str = "agent", vin: str = VIN) -> Path:
         """Writes a vehicle's configuration: its cloud is the far end of the relay."""
         bus = [f"{key} = {json.dumps(self.bus[key])}" for key in _BUS_KEYS if self.bus[key] is not None]
+        if self._slcan:
+            bus = ['interface = "slcan"', f"channel = {json.dumps(self.bus['slcan'])}", "bitrate = 500000"]
         path = self.agent_config(who)
         text = _filled(
             (DEMO / "agent.toml").read_text(),

@@ -10,9 +10,9 @@ from deploy.demo.stage import SEAT_ECU, SEAT_HARDWARE, SEAT_UID, VIN, Stage
 
 
 @contextmanager
-def enrolled(folder: Path, *, log_level: str = "info") -> Iterator[Stage]:
+def enrolled(folder: Path, *, log_level: str = "info", slcan: bool = False) -> Iterator[Stage]:
     """A parked vehicle with its ignition on, enrolled, agent running, without any right."""
-    with Stage(folder, transport="socketcand") as stage:
+    with Stage(folder, transport="socketcand", slcan=slcan) as stage:
         stage.done("fod-keys", "init", stage.keys)
         catalogue = stage.folder / "catalogue"
         stage.done("fod-keys", "sign-catalogue", stage.keys, "deploy/demo/catalogue", catalogue)
