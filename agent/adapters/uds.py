@@ -117,7 +117,7 @@ class UdsClient:
             try:
                 ecu = self._connect(job.ecu)
             except ValueError as error:
-                problem = VehicleError(f"{job.ecu.identifier}: its CAN identifiers cannot be used: {error}")
+                problem = VehicleError(f"{job.ecu.identifier}: ISO-TP cannot be set up for it: {error}")
                 self._done(EcuDone(job.feature_id, b"", problem))
                 return
             self._ecus[key] = ecu
@@ -196,7 +196,8 @@ class UdsClient:
             transmit,
             address,
             error_handler=trouble,
-            params={"max_frame_size": MAX_ANSWER_BYTES},
+            # Our loop paces the layer; it must not sleep, not even to try whether it could.
+            params={"max_frame_size": MAX_ANSWER_BYTES, "wait_func": lambda _seconds: None},
         )
         ecu = _Ecu(spec, layer, received)
         return ecu

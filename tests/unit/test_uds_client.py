@@ -335,7 +335,7 @@ def test_identifiers_that_iso_tp_cannot_use_end_the_job(changes: dict[str, objec
     bench = Bench(guard=open_guard(feature("seat-heating", spec)))
     done = bench.run(READ, ecu=spec)
     assert isinstance(done.error, VehicleError)
-    assert "CAN identifiers" in str(done.error)
+    assert "ISO-TP cannot be set up" in str(done.error)
 
 
 def test_wide_identifiers_are_sent_as_such() -> None:
