@@ -363,6 +363,7 @@ class Meter:
         self.mark_ns = max(self.mark_ns, change.at_ns)
         if self._status is not None:
             self._bound_unread(change.at_ns)
+            self._declare_straddling(change.at_ns)
         self._status = status
         if self.spec.kind is MeterKind.DISTANCE:
             self._open_segment()
@@ -440,6 +441,15 @@ class Meter:
         self._counted_m += counted_m
         self._total(self._status).value += counted_m
         self._total(self._status).add_gap(more_m - counted_m, "SIGNAL")
+
+    def _declare_straddling(self, end_ns: int) -> None:
+        """Declares the reading that follows the end of a run, if no frame stood between them."""
+        for change in self._queue:
+            if change.name == self._odometer_name() and change.at_ns >= end_ns:
+                reading_m = odometer_metres(change.value)
+                if reading_m is not None and self.odometer_m is not None:
+                    self._total(self._key()).add_gap(reading_m - self.odometer_m, "EDGE")
+                return
 
     def _bound_unread(self, now_ns: int) -> None:
         """Declares the way since the odometer fell silent, as far as the speed allows."""
