@@ -307,6 +307,38 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenKeyAnnouncement:
+    """A token key that the offline token root announces to ECUs (docs/token.md, "Keys").
+
+    Args:
+        epoch: from 1; grows with each key.
+        content: the COSE_Sign1 bytes as signed.
+        sha256: hash of the content, hex; what the guard compares.
+    """
+
+    epoch: int
+    content: bytes
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class TlsAnchor:
+    """A certificate that the cloud's servers may be known by, and for how long.
+
+    The certificate's own dates say nothing, so that TLS needs no clock; these
+    do, at trusted time.
+
+    Args:
+        certificate_der: X.509, of a server or of an authority above it.
+        not_before_ms, not_after_ms: Unix milliseconds; the second is exclusive.
+    """
+
+    certificate_der: bytes
+    not_before_ms: int
+    not_after_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class Rights:
     """Everything that one verified update says; all of it agrees.
 
@@ -315,12 +347,18 @@ class Rights:
         entitlements: by feature id.
         features: the release of each feature that rights or tokens use, by feature id.
         tokens: by feature id.
+        owner_epoch: counts the vehicle's owners, from 1; 0 before there are any rights.
+        token_key: key that signed the newest tokens; None if the director lists none.
+        tls_anchors: how to know the cloud's servers; empty: by the CA of the image.
     """
 
     version: int
     entitlements: Mapping[str, Entitlement] = field(default_factory=dict)
     features: Mapping[str, FeatureSpec] = field(default_factory=dict)
     tokens: Mapping[str, Token] = field(default_factory=dict)
+    owner_epoch: int = 0
+    token_key: TokenKeyAnnouncement | None = None
+    tls_anchors: tuple[TlsAnchor, ...] = ()
 
 
 # --- trust -------------------------------------------------------------------
@@ -384,6 +422,8 @@ class Verdict:
         state: complete new trusted state, to be stored before it is used.
         signed_ms: time that the director signed, Unix milliseconds; 0 for
             stored state.
+        expires_ms: expiry of each metadata file, Unix milliseconds, by
+            repository and role, such as "director targets".
     """
 
     state: TrustBytes
@@ -391,3 +431,4 @@ class Verdict:
     catalogue: Versions
     rights: Rights
     signed_ms: int
+    expires_ms: Mapping[str, int] = field(default_factory=dict)

@@ -97,6 +97,7 @@ class VehicleEntitlements(_message.Message):
     VIN_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     ENTITLEMENTS_FIELD_NUMBER: _builtins.int
+    OWNER_EPOCH_FIELD_NUMBER: _builtins.int
     vin: _builtins.str
     """ISO 3779 vehicle identification number, 17 characters; set by the
     director; signed. Must equal the VIN of the vehicle that reads it.
@@ -104,6 +105,11 @@ class VehicleEntitlements(_message.Message):
     version: _builtins.int
     """Version of this set, from 1, grows by 1 with each change; set by the
     director; signed. Equals the version of the director's targets metadata.
+    """
+    owner_epoch: _builtins.int
+    """Counts the owners of this vehicle, from 1; grows by 1 when it is sold; set
+    by the director; signed. A vehicle that sees it grow closes the usage of
+    the owner before, uploads it, and then erases that owner's history.
     """
     @_builtins.property
     def entitlements(self) -> _containers.RepeatedCompositeFieldContainer[Global___Entitlement]:
@@ -115,10 +121,11 @@ class VehicleEntitlements(_message.Message):
         vin: _builtins.str = ...,
         version: _builtins.int = ...,
         entitlements: _abc.Iterable[Global___Entitlement] | None = ...,
+        owner_epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entitlements", b"entitlements", "version", b"version", "vin", b"vin"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entitlements", b"entitlements", "owner_epoch", b"owner_epoch", "version", b"version", "vin", b"vin"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -63,6 +63,9 @@ class Vehicle(_message.Message):
     ENROLLED_MS_FIELD_NUMBER: _builtins.int
     CONNECTED_FIELD_NUMBER: _builtins.int
     LAST_UPDATE_FIELD_NUMBER: _builtins.int
+    BLOCKED_MS_FIELD_NUMBER: _builtins.int
+    OWNER_EPOCH_FIELD_NUMBER: _builtins.int
+    FINDINGS_FIELD_NUMBER: _builtins.int
     vin: _builtins.str
     """VIN, 17 characters; set by the operator."""
     source: _builtins.str
@@ -71,6 +74,10 @@ class Vehicle(_message.Message):
     """When the device certificate was issued, Unix milliseconds; 0 before."""
     connected: _builtins.bool
     """True while its stream is open."""
+    blocked_ms: _builtins.int
+    """When it was blocked, Unix milliseconds; 0 if it is not."""
+    owner_epoch: _builtins.int
+    """Counts its owners, from 1."""
     @_builtins.property
     def ecus(self) -> _containers.RepeatedCompositeFieldContainer[Global___Ecu]:
         """ECUs as built; set by the operator."""
@@ -78,6 +85,12 @@ class Vehicle(_message.Message):
     @_builtins.property
     def last_update(self) -> _vehicle_service_pb2.UpdateResult:
         """How the last trust update ended; set by the vehicle."""
+
+    @_builtins.property
+    def findings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What does not fit, in words: a fork of its journal, older versions than
+        it had confirmed, evidence of a box on the bus.
+        """
 
     def __init__(
         self,
@@ -88,10 +101,13 @@ class Vehicle(_message.Message):
         enrolled_ms: _builtins.int = ...,
         connected: _builtins.bool = ...,
         last_update: _vehicle_service_pb2.UpdateResult | None = ...,
+        blocked_ms: _builtins.int = ...,
+        owner_epoch: _builtins.int = ...,
+        findings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["last_update", b"last_update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["connected", b"connected", "ecus", b"ecus", "enrolled_ms", b"enrolled_ms", "last_update", b"last_update", "source", b"source", "vin", b"vin"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocked_ms", b"blocked_ms", "connected", b"connected", "ecus", b"ecus", "enrolled_ms", b"enrolled_ms", "findings", b"findings", "last_update", b"last_update", "owner_epoch", b"owner_epoch", "source", b"source", "vin", b"vin"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -691,3 +707,522 @@ class Invoice(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Invoice: _TypeAlias = Invoice  # noqa: Y015
+
+@_typing.final
+class CreateClaimRequest(_message.Message):
+    """Makes a claim for a second enrolment."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VIN_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    vin: _builtins.str
+    """The vehicle."""
+    reason: _builtins.str
+    """Why, for the audit log."""
+    request_id: _builtins.str
+    """UUID of the request."""
+    def __init__(
+        self,
+        *,
+        vin: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "request_id", b"request_id", "vin", b"vin"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateClaimRequest: _TypeAlias = CreateClaimRequest  # noqa: Y015
+
+@_typing.final
+class CreateClaimResponse(_message.Message):
+    """A new claim; every one before has ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLAIM_TOKEN_FIELD_NUMBER: _builtins.int
+    CLAIM_EXPIRES_MS_FIELD_NUMBER: _builtins.int
+    claim_token: _builtins.str
+    """One-time claim token for enrolment; stored only as a hash."""
+    claim_expires_ms: _builtins.int
+    """When the claim ends, Unix milliseconds."""
+    def __init__(
+        self,
+        *,
+        claim_token: _builtins.str = ...,
+        claim_expires_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["claim_expires_ms", b"claim_expires_ms", "claim_token", b"claim_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateClaimResponse: _TypeAlias = CreateClaimResponse  # noqa: Y015
+
+@_typing.final
+class BlockVehicleRequest(_message.Message):
+    """Blocks a vehicle."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VIN_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    vin: _builtins.str
+    """The vehicle."""
+    reason: _builtins.str
+    """Why, for the audit log."""
+    request_id: _builtins.str
+    """UUID of the request."""
+    def __init__(
+        self,
+        *,
+        vin: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "request_id", b"request_id", "vin", b"vin"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlockVehicleRequest: _TypeAlias = BlockVehicleRequest  # noqa: Y015
+
+@_typing.final
+class BlockVehicleResponse(_message.Message):
+    """A blocked vehicle. CreateClaim and a new enrolment let it in again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VEHICLE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def vehicle(self) -> Global___Vehicle:
+        """The vehicle."""
+
+    def __init__(
+        self,
+        *,
+        vehicle: Global___Vehicle | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["vehicle", b"vehicle"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["vehicle", b"vehicle"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlockVehicleResponse: _TypeAlias = BlockVehicleResponse  # noqa: Y015
+
+@_typing.final
+class RebindEcuRequest(_message.Message):
+    """Replaces an ECU of a vehicle."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VIN_FIELD_NUMBER: _builtins.int
+    ECU_IDENTIFIER_FIELD_NUMBER: _builtins.int
+    OLD_UID_FIELD_NUMBER: _builtins.int
+    NEW_UID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    vin: _builtins.str
+    """The vehicle."""
+    ecu_identifier: _builtins.str
+    """Uptane ECU identifier, as in the catalogue."""
+    old_uid: _builtins.bytes
+    """Unique identifier of the ECU that was taken out, 16 bytes."""
+    new_uid: _builtins.bytes
+    """Unique identifier of the ECU that was put in, 16 bytes."""
+    reason: _builtins.str
+    """Why, for the audit log."""
+    request_id: _builtins.str
+    """UUID of the request."""
+    def __init__(
+        self,
+        *,
+        vin: _builtins.str = ...,
+        ecu_identifier: _builtins.str = ...,
+        old_uid: _builtins.bytes = ...,
+        new_uid: _builtins.bytes = ...,
+        reason: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ecu_identifier", b"ecu_identifier", "new_uid", b"new_uid", "old_uid", b"old_uid", "reason", b"reason", "request_id", b"request_id", "vin", b"vin"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RebindEcuRequest: _TypeAlias = RebindEcuRequest  # noqa: Y015
+
+@_typing.final
+class RebindEcuResponse(_message.Message):
+    """A vehicle with its replaced ECU."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VEHICLE_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    BURNING_TOKENS_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Version of the vehicle's set of rights with the new tokens."""
+    @_builtins.property
+    def vehicle(self) -> Global___Vehicle:
+        """The vehicle."""
+
+    @_builtins.property
+    def burning_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Tokens that switch the features off for ever on the ECU that was taken
+        out; the workshop may install them.
+        """
+
+    def __init__(
+        self,
+        *,
+        vehicle: Global___Vehicle | None = ...,
+        version: _builtins.int = ...,
+        burning_tokens: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["vehicle", b"vehicle"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["burning_tokens", b"burning_tokens", "vehicle", b"vehicle", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RebindEcuResponse: _TypeAlias = RebindEcuResponse  # noqa: Y015
+
+@_typing.final
+class BeginTransferRequest(_message.Message):
+    """Begins the sale of a vehicle."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VIN_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    vin: _builtins.str
+    """The vehicle."""
+    request_id: _builtins.str
+    """UUID of the request."""
+    def __init__(
+        self,
+        *,
+        vin: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "vin", b"vin"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BeginTransferRequest: _TypeAlias = BeginTransferRequest  # noqa: Y015
+
+@_typing.final
+class BeginTransferResponse(_message.Message):
+    """The code of a sale; a new one ends the one before."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRANSFER_CODE_FIELD_NUMBER: _builtins.int
+    EXPIRES_MS_FIELD_NUMBER: _builtins.int
+    transfer_code: _builtins.str
+    """One-time code for the present owner; stored only as a hash."""
+    expires_ms: _builtins.int
+    """When the code ends, Unix milliseconds."""
+    def __init__(
+        self,
+        *,
+        transfer_code: _builtins.str = ...,
+        expires_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_ms", b"expires_ms", "transfer_code", b"transfer_code"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BeginTransferResponse: _TypeAlias = BeginTransferResponse  # noqa: Y015
+
+@_typing.final
+class CompleteTransferRequest(_message.Message):
+    """Completes the sale of a vehicle."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VIN_FIELD_NUMBER: _builtins.int
+    TRANSFER_CODE_FIELD_NUMBER: _builtins.int
+    ACCOUNT_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    vin: _builtins.str
+    """The vehicle."""
+    transfer_code: _builtins.str
+    """The code, as the present owner gave it to the new one."""
+    account: _builtins.str
+    """Pseudonym of the new owner's billing account."""
+    request_id: _builtins.str
+    """UUID of the request."""
+    def __init__(
+        self,
+        *,
+        vin: _builtins.str = ...,
+        transfer_code: _builtins.str = ...,
+        account: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "request_id", b"request_id", "transfer_code", b"transfer_code", "vin", b"vin"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CompleteTransferRequest: _TypeAlias = CompleteTransferRequest  # noqa: Y015
+
+@_typing.final
+class CompleteTransferResponse(_message.Message):
+    """A sold vehicle."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OWNER_EPOCH_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    owner_epoch: _builtins.int
+    """Owner epoch that has begun."""
+    version: _builtins.int
+    """Version of the vehicle's set of rights."""
+    @_builtins.property
+    def kept(self) -> _containers.RepeatedCompositeFieldContainer[Global___EntitlementRecord]:
+        """Rights that stay with the vehicle, now of the new account."""
+
+    @_builtins.property
+    def ended(self) -> _containers.RepeatedCompositeFieldContainer[Global___EntitlementRecord]:
+        """Rights that went with the account before."""
+
+    def __init__(
+        self,
+        *,
+        owner_epoch: _builtins.int = ...,
+        kept: _abc.Iterable[Global___EntitlementRecord] | None = ...,
+        ended: _abc.Iterable[Global___EntitlementRecord] | None = ...,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "kept", b"kept", "owner_epoch", b"owner_epoch", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CompleteTransferResponse: _TypeAlias = CompleteTransferResponse  # noqa: Y015
+
+@_typing.final
+class ExportBundleRequest(_message.Message):
+    """Asks for a vehicle's rights as a file."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VIN_FIELD_NUMBER: _builtins.int
+    vin: _builtins.str
+    """The vehicle."""
+    def __init__(
+        self,
+        *,
+        vin: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["vin", b"vin"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportBundleRequest: _TypeAlias = ExportBundleRequest  # noqa: Y015
+
+@_typing.final
+class ExportBundleResponse(_message.Message):
+    """A vehicle's rights as a file."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUNDLE_FIELD_NUMBER: _builtins.int
+    EXPIRES_MS_FIELD_NUMBER: _builtins.int
+    bundle: _builtins.bytes
+    """Serialised openfod.vehicle.v1.TrustUpdate: both repositories whole, from
+    the first root on; its director timestamp carries no nonce and says so
+    with a signed "offline" field that is true.
+    """
+    expires_ms: _builtins.int
+    """When the vehicle no longer takes it, Unix milliseconds."""
+    def __init__(
+        self,
+        *,
+        bundle: _builtins.bytes = ...,
+        expires_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "expires_ms", b"expires_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportBundleResponse: _TypeAlias = ExportBundleResponse  # noqa: Y015
+
+@_typing.final
+class ConfirmRestoreRequest(_message.Message):
+    """Confirms a restored database."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BACKUP_MS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    backup_ms: _builtins.int
+    """When the backup was made, Unix milliseconds."""
+    reason: _builtins.str
+    """Why, for the audit log."""
+    request_id: _builtins.str
+    """UUID of the request."""
+    def __init__(
+        self,
+        *,
+        backup_ms: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backup_ms", b"backup_ms", "reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConfirmRestoreRequest: _TypeAlias = ConfirmRestoreRequest  # noqa: Y015
+
+@_typing.final
+class ConfirmRestoreResponse(_message.Message):
+    """A confirmed restore."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UNTIL_MS_FIELD_NUMBER: _builtins.int
+    until_ms: _builtins.int
+    """Until when versions may move past what vehicles report, Unix milliseconds."""
+    def __init__(
+        self,
+        *,
+        until_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["until_ms", b"until_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConfirmRestoreResponse: _TypeAlias = ConfirmRestoreResponse  # noqa: Y015
+
+@_typing.final
+class ListAuditRequest(_message.Message):
+    """Lists the audit log."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VIN_FIELD_NUMBER: _builtins.int
+    ALARMS_ONLY_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    vin: _builtins.str
+    """Only of this vehicle; empty: of all."""
+    alarms_only: _builtins.bool
+    """True: only alarms."""
+    page_token: _builtins.str
+    """First position to return, as in next_page_token; empty for the first."""
+    page_size: _builtins.int
+    """Entries at most, 1 to 1,000; 0 means 1,000."""
+    def __init__(
+        self,
+        *,
+        vin: _builtins.str = ...,
+        alarms_only: _builtins.bool = ...,
+        page_token: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alarms_only", b"alarms_only", "page_size", b"page_size", "page_token", b"page_token", "vin", b"vin"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAuditRequest: _TypeAlias = ListAuditRequest  # noqa: Y015
+
+@_typing.final
+class ListAuditResponse(_message.Message):
+    """Part of the audit log."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Where the next page begins; empty at the end."""
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___AuditEntry]:
+        """The entries, oldest first."""
+
+    def __init__(
+        self,
+        *,
+        entries: _abc.Iterable[Global___AuditEntry] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAuditResponse: _TypeAlias = ListAuditResponse  # noqa: Y015
+
+@_typing.final
+class AuditEntry(_message.Message):
+    """One entry of the audit log."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AT_MS_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    ACTION_FIELD_NUMBER: _builtins.int
+    VIN_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    ALARM_FIELD_NUMBER: _builtins.int
+    at_ms: _builtins.int
+    """When, Unix milliseconds."""
+    actor: _builtins.str
+    """Who: "operator:NAME", "vehicle" or "cloud"."""
+    action: _builtins.str
+    """What, such as "grant"."""
+    vin: _builtins.str
+    """The vehicle; empty if it is about none."""
+    detail: _builtins.str
+    """Facts, as JSON."""
+    alarm: _builtins.bool
+    """True if a person should look at it."""
+    def __init__(
+        self,
+        *,
+        at_ms: _builtins.int = ...,
+        actor: _builtins.str = ...,
+        action: _builtins.str = ...,
+        vin: _builtins.str = ...,
+        detail: _builtins.str = ...,
+        alarm: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "actor", b"actor", "alarm", b"alarm", "at_ms", b"at_ms", "detail", b"detail", "vin", b"vin"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AuditEntry: _TypeAlias = AuditEntry  # noqa: Y015

@@ -52,6 +52,46 @@ class OperatorServiceStub:
                 request_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ListVehiclesRequest.SerializeToString,
                 response_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ListVehiclesResponse.FromString,
                 _registered_method=True)
+        self.CreateClaim = channel.unary_unary(
+                '/openfod.operator.v1.OperatorService/CreateClaim',
+                request_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.CreateClaimRequest.SerializeToString,
+                response_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.CreateClaimResponse.FromString,
+                _registered_method=True)
+        self.BlockVehicle = channel.unary_unary(
+                '/openfod.operator.v1.OperatorService/BlockVehicle',
+                request_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.BlockVehicleRequest.SerializeToString,
+                response_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.BlockVehicleResponse.FromString,
+                _registered_method=True)
+        self.RebindEcu = channel.unary_unary(
+                '/openfod.operator.v1.OperatorService/RebindEcu',
+                request_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.RebindEcuRequest.SerializeToString,
+                response_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.RebindEcuResponse.FromString,
+                _registered_method=True)
+        self.BeginTransfer = channel.unary_unary(
+                '/openfod.operator.v1.OperatorService/BeginTransfer',
+                request_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.BeginTransferRequest.SerializeToString,
+                response_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.BeginTransferResponse.FromString,
+                _registered_method=True)
+        self.CompleteTransfer = channel.unary_unary(
+                '/openfod.operator.v1.OperatorService/CompleteTransfer',
+                request_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.CompleteTransferRequest.SerializeToString,
+                response_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.CompleteTransferResponse.FromString,
+                _registered_method=True)
+        self.ExportBundle = channel.unary_unary(
+                '/openfod.operator.v1.OperatorService/ExportBundle',
+                request_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ExportBundleRequest.SerializeToString,
+                response_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ExportBundleResponse.FromString,
+                _registered_method=True)
+        self.ConfirmRestore = channel.unary_unary(
+                '/openfod.operator.v1.OperatorService/ConfirmRestore',
+                request_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ConfirmRestoreRequest.SerializeToString,
+                response_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ConfirmRestoreResponse.FromString,
+                _registered_method=True)
+        self.ListAudit = channel.unary_unary(
+                '/openfod.operator.v1.OperatorService/ListAudit',
+                request_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ListAuditRequest.SerializeToString,
+                response_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ListAuditResponse.FromString,
+                _registered_method=True)
         self.GrantEntitlement = channel.unary_unary(
                 '/openfod.operator.v1.OperatorService/GrantEntitlement',
                 request_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.GrantEntitlementRequest.SerializeToString,
@@ -104,6 +144,67 @@ class OperatorServiceServicer:
 
     def ListVehicles(self, request, context):
         """Lists the registered vehicles.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateClaim(self, request, context):
+        """Makes a new one-time claim for a vehicle whose device key was lost or
+        replaced. The certificate before ends when the new claim is used.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BlockVehicle(self, request, context):
+        """Ends a vehicle's device certificate and its stream at once. Rights that
+        the vehicle holds go on by their own terms.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RebindEcu(self, request, context):
+        """Binds a vehicle's rights to a replaced ECU. The tokens of the old uid are
+        burned first; FAILED_PRECONDITION once the quota of the VIN is used up.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BeginTransfer(self, request, context):
+        """Begins the sale of a vehicle: makes a one-time code for its owner.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CompleteTransfer(self, request, context):
+        """Completes a sale with the owner's code: rights that stay with the vehicle
+        go to the new account, the others end, and a new owner epoch begins.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportBundle(self, request, context):
+        """Signs all rights of a vehicle as one file, for a workshop without network.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ConfirmRestore(self, request, context):
+        """Confirms that the cloud's database was restored from a backup, so that
+        versions and counters may move past what vehicles report.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAudit(self, request, context):
+        """Lists the audit log, the newest entry last.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -165,6 +266,46 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.ListVehicles,
                     request_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ListVehiclesRequest.FromString,
                     response_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ListVehiclesResponse.SerializeToString,
+            ),
+            'CreateClaim': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateClaim,
+                    request_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.CreateClaimRequest.FromString,
+                    response_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.CreateClaimResponse.SerializeToString,
+            ),
+            'BlockVehicle': grpc.unary_unary_rpc_method_handler(
+                    servicer.BlockVehicle,
+                    request_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.BlockVehicleRequest.FromString,
+                    response_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.BlockVehicleResponse.SerializeToString,
+            ),
+            'RebindEcu': grpc.unary_unary_rpc_method_handler(
+                    servicer.RebindEcu,
+                    request_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.RebindEcuRequest.FromString,
+                    response_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.RebindEcuResponse.SerializeToString,
+            ),
+            'BeginTransfer': grpc.unary_unary_rpc_method_handler(
+                    servicer.BeginTransfer,
+                    request_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.BeginTransferRequest.FromString,
+                    response_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.BeginTransferResponse.SerializeToString,
+            ),
+            'CompleteTransfer': grpc.unary_unary_rpc_method_handler(
+                    servicer.CompleteTransfer,
+                    request_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.CompleteTransferRequest.FromString,
+                    response_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.CompleteTransferResponse.SerializeToString,
+            ),
+            'ExportBundle': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExportBundle,
+                    request_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ExportBundleRequest.FromString,
+                    response_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ExportBundleResponse.SerializeToString,
+            ),
+            'ConfirmRestore': grpc.unary_unary_rpc_method_handler(
+                    servicer.ConfirmRestore,
+                    request_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ConfirmRestoreRequest.FromString,
+                    response_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ConfirmRestoreResponse.SerializeToString,
+            ),
+            'ListAudit': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAudit,
+                    request_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ListAuditRequest.FromString,
+                    response_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ListAuditResponse.SerializeToString,
             ),
             'GrantEntitlement': grpc.unary_unary_rpc_method_handler(
                     servicer.GrantEntitlement,
@@ -259,6 +400,222 @@ class OperatorService:
             '/openfod.operator.v1.OperatorService/ListVehicles',
             openfod_dot_operator_dot_v1_dot_operator__service__pb2.ListVehiclesRequest.SerializeToString,
             openfod_dot_operator_dot_v1_dot_operator__service__pb2.ListVehiclesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateClaim(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/openfod.operator.v1.OperatorService/CreateClaim',
+            openfod_dot_operator_dot_v1_dot_operator__service__pb2.CreateClaimRequest.SerializeToString,
+            openfod_dot_operator_dot_v1_dot_operator__service__pb2.CreateClaimResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BlockVehicle(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/openfod.operator.v1.OperatorService/BlockVehicle',
+            openfod_dot_operator_dot_v1_dot_operator__service__pb2.BlockVehicleRequest.SerializeToString,
+            openfod_dot_operator_dot_v1_dot_operator__service__pb2.BlockVehicleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RebindEcu(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/openfod.operator.v1.OperatorService/RebindEcu',
+            openfod_dot_operator_dot_v1_dot_operator__service__pb2.RebindEcuRequest.SerializeToString,
+            openfod_dot_operator_dot_v1_dot_operator__service__pb2.RebindEcuResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BeginTransfer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/openfod.operator.v1.OperatorService/BeginTransfer',
+            openfod_dot_operator_dot_v1_dot_operator__service__pb2.BeginTransferRequest.SerializeToString,
+            openfod_dot_operator_dot_v1_dot_operator__service__pb2.BeginTransferResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CompleteTransfer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/openfod.operator.v1.OperatorService/CompleteTransfer',
+            openfod_dot_operator_dot_v1_dot_operator__service__pb2.CompleteTransferRequest.SerializeToString,
+            openfod_dot_operator_dot_v1_dot_operator__service__pb2.CompleteTransferResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportBundle(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/openfod.operator.v1.OperatorService/ExportBundle',
+            openfod_dot_operator_dot_v1_dot_operator__service__pb2.ExportBundleRequest.SerializeToString,
+            openfod_dot_operator_dot_v1_dot_operator__service__pb2.ExportBundleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ConfirmRestore(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/openfod.operator.v1.OperatorService/ConfirmRestore',
+            openfod_dot_operator_dot_v1_dot_operator__service__pb2.ConfirmRestoreRequest.SerializeToString,
+            openfod_dot_operator_dot_v1_dot_operator__service__pb2.ConfirmRestoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAudit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/openfod.operator.v1.OperatorService/ListAudit',
+            openfod_dot_operator_dot_v1_dot_operator__service__pb2.ListAuditRequest.SerializeToString,
+            openfod_dot_operator_dot_v1_dot_operator__service__pb2.ListAuditResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,32 @@ class OperatorServiceStub:
     """Registers a vehicle as built and makes its one-time enrolment claim."""
     ListVehicles: _grpc.UnaryUnaryMultiCallable[_operator_service_pb2.ListVehiclesRequest, _operator_service_pb2.ListVehiclesResponse]
     """Lists the registered vehicles."""
+    CreateClaim: _grpc.UnaryUnaryMultiCallable[_operator_service_pb2.CreateClaimRequest, _operator_service_pb2.CreateClaimResponse]
+    """Makes a new one-time claim for a vehicle whose device key was lost or
+    replaced. The certificate before ends when the new claim is used.
+    """
+    BlockVehicle: _grpc.UnaryUnaryMultiCallable[_operator_service_pb2.BlockVehicleRequest, _operator_service_pb2.BlockVehicleResponse]
+    """Ends a vehicle's device certificate and its stream at once. Rights that
+    the vehicle holds go on by their own terms.
+    """
+    RebindEcu: _grpc.UnaryUnaryMultiCallable[_operator_service_pb2.RebindEcuRequest, _operator_service_pb2.RebindEcuResponse]
+    """Binds a vehicle's rights to a replaced ECU. The tokens of the old uid are
+    burned first; FAILED_PRECONDITION once the quota of the VIN is used up.
+    """
+    BeginTransfer: _grpc.UnaryUnaryMultiCallable[_operator_service_pb2.BeginTransferRequest, _operator_service_pb2.BeginTransferResponse]
+    """Begins the sale of a vehicle: makes a one-time code for its owner."""
+    CompleteTransfer: _grpc.UnaryUnaryMultiCallable[_operator_service_pb2.CompleteTransferRequest, _operator_service_pb2.CompleteTransferResponse]
+    """Completes a sale with the owner's code: rights that stay with the vehicle
+    go to the new account, the others end, and a new owner epoch begins.
+    """
+    ExportBundle: _grpc.UnaryUnaryMultiCallable[_operator_service_pb2.ExportBundleRequest, _operator_service_pb2.ExportBundleResponse]
+    """Signs all rights of a vehicle as one file, for a workshop without network."""
+    ConfirmRestore: _grpc.UnaryUnaryMultiCallable[_operator_service_pb2.ConfirmRestoreRequest, _operator_service_pb2.ConfirmRestoreResponse]
+    """Confirms that the cloud's database was restored from a backup, so that
+    versions and counters may move past what vehicles report.
+    """
+    ListAudit: _grpc.UnaryUnaryMultiCallable[_operator_service_pb2.ListAuditRequest, _operator_service_pb2.ListAuditResponse]
+    """Lists the audit log, the newest entry last."""
     GrantEntitlement: _grpc.UnaryUnaryMultiCallable[_operator_service_pb2.GrantEntitlementRequest, _operator_service_pb2.GrantEntitlementResponse]
     """Grants a vehicle the right of a plan."""
     RevokeEntitlement: _grpc.UnaryUnaryMultiCallable[_operator_service_pb2.RevokeEntitlementRequest, _operator_service_pb2.RevokeEntitlementResponse]
@@ -79,6 +105,32 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     """Registers a vehicle as built and makes its one-time enrolment claim."""
     ListVehicles: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.ListVehiclesRequest, _operator_service_pb2.ListVehiclesResponse]  # type: ignore[assignment]
     """Lists the registered vehicles."""
+    CreateClaim: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.CreateClaimRequest, _operator_service_pb2.CreateClaimResponse]  # type: ignore[assignment]
+    """Makes a new one-time claim for a vehicle whose device key was lost or
+    replaced. The certificate before ends when the new claim is used.
+    """
+    BlockVehicle: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.BlockVehicleRequest, _operator_service_pb2.BlockVehicleResponse]  # type: ignore[assignment]
+    """Ends a vehicle's device certificate and its stream at once. Rights that
+    the vehicle holds go on by their own terms.
+    """
+    RebindEcu: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.RebindEcuRequest, _operator_service_pb2.RebindEcuResponse]  # type: ignore[assignment]
+    """Binds a vehicle's rights to a replaced ECU. The tokens of the old uid are
+    burned first; FAILED_PRECONDITION once the quota of the VIN is used up.
+    """
+    BeginTransfer: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.BeginTransferRequest, _operator_service_pb2.BeginTransferResponse]  # type: ignore[assignment]
+    """Begins the sale of a vehicle: makes a one-time code for its owner."""
+    CompleteTransfer: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.CompleteTransferRequest, _operator_service_pb2.CompleteTransferResponse]  # type: ignore[assignment]
+    """Completes a sale with the owner's code: rights that stay with the vehicle
+    go to the new account, the others end, and a new owner epoch begins.
+    """
+    ExportBundle: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.ExportBundleRequest, _operator_service_pb2.ExportBundleResponse]  # type: ignore[assignment]
+    """Signs all rights of a vehicle as one file, for a workshop without network."""
+    ConfirmRestore: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.ConfirmRestoreRequest, _operator_service_pb2.ConfirmRestoreResponse]  # type: ignore[assignment]
+    """Confirms that the cloud's database was restored from a backup, so that
+    versions and counters may move past what vehicles report.
+    """
+    ListAudit: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.ListAuditRequest, _operator_service_pb2.ListAuditResponse]  # type: ignore[assignment]
+    """Lists the audit log, the newest entry last."""
     GrantEntitlement: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.GrantEntitlementRequest, _operator_service_pb2.GrantEntitlementResponse]  # type: ignore[assignment]
     """Grants a vehicle the right of a plan."""
     RevokeEntitlement: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.RevokeEntitlementRequest, _operator_service_pb2.RevokeEntitlementResponse]  # type: ignore[assignment]
@@ -122,6 +174,80 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_operator_service_pb2.ListVehiclesResponse, _abc.Awaitable[_operator_service_pb2.ListVehiclesResponse]]:
         """Lists the registered vehicles."""
+
+    @_abc_1.abstractmethod
+    def CreateClaim(
+        self,
+        request: _operator_service_pb2.CreateClaimRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_service_pb2.CreateClaimResponse, _abc.Awaitable[_operator_service_pb2.CreateClaimResponse]]:
+        """Makes a new one-time claim for a vehicle whose device key was lost or
+        replaced. The certificate before ends when the new claim is used.
+        """
+
+    @_abc_1.abstractmethod
+    def BlockVehicle(
+        self,
+        request: _operator_service_pb2.BlockVehicleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_service_pb2.BlockVehicleResponse, _abc.Awaitable[_operator_service_pb2.BlockVehicleResponse]]:
+        """Ends a vehicle's device certificate and its stream at once. Rights that
+        the vehicle holds go on by their own terms.
+        """
+
+    @_abc_1.abstractmethod
+    def RebindEcu(
+        self,
+        request: _operator_service_pb2.RebindEcuRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_service_pb2.RebindEcuResponse, _abc.Awaitable[_operator_service_pb2.RebindEcuResponse]]:
+        """Binds a vehicle's rights to a replaced ECU. The tokens of the old uid are
+        burned first; FAILED_PRECONDITION once the quota of the VIN is used up.
+        """
+
+    @_abc_1.abstractmethod
+    def BeginTransfer(
+        self,
+        request: _operator_service_pb2.BeginTransferRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_service_pb2.BeginTransferResponse, _abc.Awaitable[_operator_service_pb2.BeginTransferResponse]]:
+        """Begins the sale of a vehicle: makes a one-time code for its owner."""
+
+    @_abc_1.abstractmethod
+    def CompleteTransfer(
+        self,
+        request: _operator_service_pb2.CompleteTransferRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_service_pb2.CompleteTransferResponse, _abc.Awaitable[_operator_service_pb2.CompleteTransferResponse]]:
+        """Completes a sale with the owner's code: rights that stay with the vehicle
+        go to the new account, the others end, and a new owner epoch begins.
+        """
+
+    @_abc_1.abstractmethod
+    def ExportBundle(
+        self,
+        request: _operator_service_pb2.ExportBundleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_service_pb2.ExportBundleResponse, _abc.Awaitable[_operator_service_pb2.ExportBundleResponse]]:
+        """Signs all rights of a vehicle as one file, for a workshop without network."""
+
+    @_abc_1.abstractmethod
+    def ConfirmRestore(
+        self,
+        request: _operator_service_pb2.ConfirmRestoreRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_service_pb2.ConfirmRestoreResponse, _abc.Awaitable[_operator_service_pb2.ConfirmRestoreResponse]]:
+        """Confirms that the cloud's database was restored from a backup, so that
+        versions and counters may move past what vehicles report.
+        """
+
+    @_abc_1.abstractmethod
+    def ListAudit(
+        self,
+        request: _operator_service_pb2.ListAuditRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_service_pb2.ListAuditResponse, _abc.Awaitable[_operator_service_pb2.ListAuditResponse]]:
+        """Lists the audit log, the newest entry last."""
 
     @_abc_1.abstractmethod
     def GrantEntitlement(

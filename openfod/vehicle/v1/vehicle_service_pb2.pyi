@@ -229,6 +229,8 @@ class Hello(_message.Message):
     CATALOGUE_FIELD_NUMBER: _builtins.int
     JOURNAL_ID_FIELD_NUMBER: _builtins.int
     AGENT_VERSION_FIELD_NUMBER: _builtins.int
+    TOKEN_COUNTERS_FIELD_NUMBER: _builtins.int
+    OWNER_EPOCH_FIELD_NUMBER: _builtins.int
     nonce: _builtins.bytes
     """Unused nonce, 16 random bytes, for the next signed timestamp; set by the
     agent.
@@ -239,6 +241,10 @@ class Hello(_message.Message):
     """
     agent_version: _builtins.str
     """Version of the agent, for the operator; set by the agent."""
+    owner_epoch: _builtins.int
+    """Owner epoch of the set of rights that the vehicle trusts, from 1; 0 if it
+    has none; set by the agent.
+    """
     @_builtins.property
     def director(self) -> Global___RepositoryVersions:
         """What the vehicle trusts of its director repository; set by the agent."""
@@ -246,6 +252,12 @@ class Hello(_message.Message):
     @_builtins.property
     def catalogue(self) -> Global___RepositoryVersions:
         """What the vehicle trusts of the catalogue repository; set by the agent."""
+
+    @_builtins.property
+    def token_counters(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenCounter]:
+        """Highest token counters that the vehicle has trusted, at most 256; set by
+        the agent. A cloud that was restored from a backup moves past them.
+        """
 
     def __init__(
         self,
@@ -255,14 +267,46 @@ class Hello(_message.Message):
         catalogue: Global___RepositoryVersions | None = ...,
         journal_id: _builtins.str = ...,
         agent_version: _builtins.str = ...,
+        token_counters: _abc.Iterable[Global___TokenCounter] | None = ...,
+        owner_epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["catalogue", b"catalogue", "director", b"director"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "catalogue", b"catalogue", "director", b"director", "journal_id", b"journal_id", "nonce", b"nonce"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "catalogue", b"catalogue", "director", b"director", "journal_id", b"journal_id", "nonce", b"nonce", "owner_epoch", b"owner_epoch", "token_counters", b"token_counters"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Hello: _TypeAlias = Hello  # noqa: Y015
+
+@_typing.final
+class TokenCounter(_message.Message):
+    """The highest counter of a feature's tokens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ECU_IDENTIFIER_FIELD_NUMBER: _builtins.int
+    FEATURE_ID_FIELD_NUMBER: _builtins.int
+    COUNTER_FIELD_NUMBER: _builtins.int
+    ecu_identifier: _builtins.str
+    """Uptane ECU identifier; set by the agent."""
+    feature_id: _builtins.str
+    """Catalogue id of the feature; set by the agent."""
+    counter: _builtins.int
+    """The counter, 1 to 4,294,967,295; set by the agent."""
+    def __init__(
+        self,
+        *,
+        ecu_identifier: _builtins.str = ...,
+        feature_id: _builtins.str = ...,
+        counter: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counter", b"counter", "ecu_identifier", b"ecu_identifier", "feature_id", b"feature_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenCounter: _TypeAlias = TokenCounter  # noqa: Y015
 
 @_typing.final
 class RepositoryVersions(_message.Message):
@@ -514,6 +558,7 @@ class FeatureStatus(_message.Message):
     SINCE_MS_FIELD_NUMBER: _builtins.int
     ACTIVATION_MS_FIELD_NUMBER: _builtins.int
     TRACE_ID_FIELD_NUMBER: _builtins.int
+    EVIDENCE_FIELD_NUMBER: _builtins.int
     feature_id: _builtins.str
     """Catalogue id; set by the agent."""
     entitlement_id: _builtins.str
@@ -538,6 +583,12 @@ class FeatureStatus(_message.Message):
     """
     trace_id: _builtins.str
     """Trace-id of the grant; set by the agent from the right."""
+    @_builtins.property
+    def evidence(self) -> Global___Evidence:
+        """What was seen that no right explains; absent if there is nothing; set by
+        the agent.
+        """
+
     def __init__(
         self,
         *,
@@ -549,14 +600,57 @@ class FeatureStatus(_message.Message):
         since_ms: _builtins.int = ...,
         activation_ms: _builtins.int = ...,
         trace_id: _builtins.str = ...,
+        evidence: Global___Evidence | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["evidence", b"evidence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_ms", b"activation_ms", "entitlement_id", b"entitlement_id", "feature_id", b"feature_id", "nrc", b"nrc", "reason", b"reason", "since_ms", b"since_ms", "state", b"state", "trace_id", b"trace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_ms", b"activation_ms", "entitlement_id", b"entitlement_id", "evidence", b"evidence", "feature_id", b"feature_id", "nrc", b"nrc", "reason", b"reason", "since_ms", b"since_ms", "state", b"state", "trace_id", b"trace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FeatureStatus: _TypeAlias = FeatureStatus  # noqa: Y015
+
+@_typing.final
+class Evidence(_message.Message):
+    """What an ECU said that no right explains: another box on the bus switched it,
+    or the ECU itself is not what it was.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FINDING_FIELD_NUMBER: _builtins.int
+    READ_BACK_FIELD_NUMBER: _builtins.int
+    COUNTER_FIELD_NUMBER: _builtins.int
+    AT_MS_FIELD_NUMBER: _builtins.int
+    finding: _builtins.str
+    """What does not fit, in words for people, at most 256 characters; set by the
+    agent.
+    """
+    read_back: _builtins.bytes
+    """The ECU's answer as received, at most 64 bytes; set by the agent."""
+    counter: _builtins.int
+    """Counter of the token that the ECU names, 0 if it names none; set by the
+    agent.
+    """
+    at_ms: _builtins.int
+    """When it was first seen, Unix milliseconds of the trusted clock; set by the
+    agent.
+    """
+    def __init__(
+        self,
+        *,
+        finding: _builtins.str = ...,
+        read_back: _builtins.bytes = ...,
+        counter: _builtins.int = ...,
+        at_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_ms", b"at_ms", "counter", b"counter", "finding", b"finding", "read_back", b"read_back"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Evidence: _TypeAlias = Evidence  # noqa: Y015
 
 @_typing.final
 class UsageRefusal(_message.Message):
