@@ -18,9 +18,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.serialization import Encoding
 from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata, Role, Root, Snapshot, Targets, Timestamp
-from tuf.api.serialization.json import JSONSerializer
 
-from keys import certificates, files
+from keys import certificates, files, roots
 from keys.errors import WouldOverwriteError
 
 ROOT_LIFETIME = timedelta(days=5 * 365)
@@ -57,6 +56,22 @@ def init(folder: Path, now: datetime, *, replace: bool) -> Path | None:
     files.write(folder / "public" / "receipt.pub", files.public_pem(receipt.public_key()))
     _certificates(folder)
     return moved
+
+
+def signer(key: Ed25519PrivateKey) -> CryptoSigner:
+    """A TUF signer around a key that was made here."""
+    return CryptoSigner(key)
+
+
+def refuse_existing(*paths: Path) -> None:
+    """Refuses to write where something stands.
+
+    Raises:
+        WouldOverwriteError: names the first such file.
+    """
+    for path in paths:
+        if path.exists():
+            raise WouldOverwriteError(f"{path} exists; nothing was written")
 
 
 def _make_room(folder: Path, now: datetime, *, replace: bool) -> Path | None:
@@ -105,7 +120,9 @@ def _repository(folder: Path, name: str, now: datetime, *, offline_targets: bool
     for signer in signers[Root.type]:
         metadata.sign(signer, append=True)
     metadata.verify_delegate(Root.type, metadata)
-    files.write(folder / "public" / f"{name}-root.json", metadata.to_bytes(JSONSerializer(compact=True)))
+    content = roots.to_bytes(metadata)
+    files.write(folder / roots.first_path(name), content)
+    files.write(folder / roots.chain_path(name, 1), content)
 
 
 def _token_keys(folder: Path) -> None:
@@ -129,9 +146,14 @@ def announce_token_key(root: Ed25519PrivateKey, key: Ed25519PublicKey, epoch: in
     kid = hashlib.sha256(root.public_key().public_bytes_raw()).digest()[:8]
     protected = cbor2.dumps({1: -8, 4: kid}, canonical=True)
     payload = cbor2.dumps({1: epoch, 2: key.public_bytes_raw()}, canonical=True)
-    external = cbor2.dumps(["openfod-token-key-v1"], canonical=True)
-    signature = root.sign(cbor2.dumps(["Signature1", protected, external, payload], canonical=True))
+    signature = root.sign(announcement_to_sign(protected, payload))
     return cbor2.dumps(cbor2.CBORTag(18, [protected, {}, payload, signature]), canonical=True)
+
+
+def announcement_to_sign(protected: bytes, payload: bytes) -> bytes:
+    """The Sig_structure of an announcement (RFC 9052, section 4.4)."""
+    external = cbor2.dumps(["openfod-token-key-v1"], canonical=True)
+    return cbor2.dumps(["Signature1", protected, external, payload], canonical=True)
 
 
 def _certificates(folder: Path) -> None:

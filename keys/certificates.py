@@ -9,6 +9,7 @@ device certificate per vehicle.
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
@@ -17,10 +18,16 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from keys.errors import RequestError
+
 NOT_BEFORE = datetime(1970, 1, 1, tzinfo=UTC)
 """Start of every certificate's validity."""
 NOT_AFTER = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
 """RFC 5280, section 4.1.2.5: no well-defined expiration date."""
+ROLES = ("operator", "workshop")
+"""Roles of an operator's certificate: everything; or what a workshop needs, which grants nothing."""
+
+_OPERATOR_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 
 
 def authority(name: str, key: EllipticCurvePrivateKey) -> x509.Certificate:
@@ -46,11 +53,42 @@ def server(
 
 
 def operator(
-    name: str, key: EllipticCurvePublicKey, ca: x509.Certificate, ca_key: EllipticCurvePrivateKey
+    name: str,
+    key: EllipticCurvePublicKey,
+    ca: x509.Certificate,
+    ca_key: EllipticCurvePrivateKey,
+    *,
+    role: str = "operator",
 ) -> x509.Certificate:
-    """Issues a TLS client certificate that names an operator in a SAN URI."""
+    """Issues a TLS client certificate that names an operator in a SAN URI, and its role in a second.
+
+    Args:
+        name: as `check_operator` takes it.
+        role: one of ROLES; "operator" may do everything and is not named.
+
+    Raises:
+        RequestError: name or role has not the form of one.
+    """
+    check_operator(name, role)
     names = [x509.UniformResourceIdentifier(f"urn:openfod:operator:{name}")]
+    if role != "operator":
+        names.append(x509.UniformResourceIdentifier(f"urn:openfod:role:{role}"))
     return _end_entity(name, key, names, ExtendedKeyUsageOID.CLIENT_AUTH, ca, ca_key)
+
+
+def check_operator(name: str, role: str) -> None:
+    """Checks the name and the role of an operator.
+
+    Raises:
+        RequestError: one has not its form.
+    """
+    if not _OPERATOR_NAME.fullmatch(name):
+        raise RequestError(
+            "operator name: expected 1 to 64 of A-Z, a-z, 0-9 and . _ @ -, the first a letter or digit; "
+            f"found {name!r}"
+        )
+    if role not in ROLES:
+        raise RequestError(f"role: expected one of {', '.join(ROLES)}; found {role!r}")
 
 
 def _end_entity(

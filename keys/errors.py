@@ -15,6 +15,14 @@ class WouldOverwriteError(KeysError):
     """A folder with content stands where new keys should go; nothing was written."""
 
 
+class ThresholdError(KeysError):
+    """Fewer signatures than a role needs; nothing was put in place."""
+
+
+class RequestError(KeysError):
+    """What was asked for does not exist or does not go together; nothing was written."""
+
+
 class CatalogueError(KeysError):
     """A catalogue that is not signed; `problems` holds one line for each reason."""
 

@@ -36,6 +36,8 @@ PRIVATE = {
 PUBLIC = {
     "director-root.json",
     "catalogue-root.json",
+    "director/1.root.json",
+    "catalogue/1.root.json",
     "tls-ca.crt",
     "enrolment-ca.crt",
     "receipt.pub",
@@ -139,23 +141,26 @@ def test_existing_keys_are_never_overwritten(tmp_path: Path) -> None:
 def test_show_lists_keys_roots_and_certificates(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", str(made), "--json"]) == 0
     out = capsys.readouterr().out
-    entries = json.loads(out)
+    found = json.loads(out)
+    entries = found["files"]
     assert {e["file"] for e in entries if e["kind"].endswith("key")} == PRIVATE
-    root_keys = [e for e in entries if e["kind"] == "root v1 root 2 of 3"]
-    assert len(root_keys) == 6
-    assert {e["expires"] for e in entries if e["kind"] == "certificate"} == {"never"}
+    assert [(r["repository"], r["version"]) for r in found["roots"]] == [("catalogue", 1), ("director", 1)]
+    assert all("root 2 of 3" in r["thresholds"] for r in found["roots"])
+    assert {e["expires"] for e in entries if e["kind"].startswith("certificate")} == {"never"}
     ids = {e["identifier"] for e in entries if e["file"].startswith("director/")}
-    assert ids == {e["identifier"] for e in entries if e["file"] == "public/director-root.json"}
+    assert ids == set(found["roots"][1]["keys"].values())
+    assert [(e["epoch"], e["is_announced"]) for e in found["epochs"]] == [(1, True)]
+    assert found["missing"] == []
     assert main(["show", str(made)]) == 0
     assert "PRIVATE" not in out + capsys.readouterr().out
 
 
 def test_show_says_what_it_cannot_read(tmp_path: Path) -> None:
     with pytest.raises(KeyMaterialError, match="fod-keys init"):
-        inventory.take(tmp_path)
-    for name in ("x.key", "x.crt", "x-root.json"):
+        inventory.take(tmp_path, NOW)
+    for name in ("x.key", "x.crt"):
         folder = tmp_path / name
         folder.mkdir()
         (folder / name).write_text("nothing")
         with pytest.raises(KeyMaterialError, match=name):
-            inventory.take(folder)
+            inventory.take(folder, NOW)
