@@ -22,9 +22,22 @@ ALLOWED, DENIED = 1, 0
 """Claim "state"."""
 LINK_VIN, LINK_UID, LINK_BOTH = 1, 2, 3
 """Claim "link"; its absence means both."""
-TERM_IGNITION_CYCLES, TERM_OPERATING_S = 5, 6
-"""Terms that the ECU measures by itself."""
+TERM_NOT_AFTER_S, TERM_DAYS, TERM_DISTANCE_M, TERM_ODOMETER_RANGE_M = 1, 2, 3, 4
+"""Terms that are as good as the ECU's clock and odometer; advisory where it has none of its own."""
+TERM_IGNITION_CYCLES, TERM_OPERATING_S, TERM_EXECUTIONS = 5, 6, 7
+"""Terms that the ECU counts by itself."""
+TERM_SPEED_LIMIT_KMH = 8
+MAX_LIMIT = 0xFFFF_FFFF
+"""Highest value of any term."""
+MAX_PARAMETER_BYTES = 32
+MAX_FEATURE = 0xFFFF
+VIN_LENGTH, UID_BYTES = 17, 16
 
+Limit = int | tuple[int, int]
+"""Value of a term; the odometer range is a pair: from (inclusive) and to (exclusive)."""
+
+_COUNTED = frozenset({TERM_IGNITION_CYCLES, TERM_OPERATING_S, TERM_EXECUTIONS})
+_MEASURED = frozenset({TERM_NOT_AFTER_S, TERM_DAYS, TERM_DISTANCE_M, TERM_ODOMETER_RANGE_M})
 _COSE_SIGN1 = 18  # RFC 9052, section 4.2
 _ALG, _KID, _EDDSA = 1, 4, -8  # RFC 9052 section 3.1, RFC 9053 section 2.2
 
@@ -37,17 +50,22 @@ def sign(
     feature_number: int,
     counter: int,
     state: int,
-    terms: Mapping[int, int],
+    terms: Mapping[int, Limit],
+    link: int = LINK_BOTH,
+    parameters: bytes = b"",
 ) -> bytes:
-    """Signs one token, linked to VIN and ECU uid.
+    """Signs one token.
 
     Args:
         vin: 17 characters.
         uid: 16 bytes that the ECU reports as its own.
-        feature_number: 1 to 65,535, from the catalogue.
+        feature_number: 1 to MAX_FEATURE, from the catalogue.
         counter: 1 to MAX_COUNTER, higher than any before for this ECU and feature.
         state: ALLOWED or DENIED.
-        terms: term number -> limit; empty means unlimited.
+        terms: term number -> limit; empty means unlimited. Terms 1 to 4 need one of 5 to 7
+            beside them: a right that is not perpetual has a limit that the ECU counts itself.
+        link: what it is bound to; LINK_VIN only for an ECU whose VIN is written once.
+        parameters: 0 to MAX_PARAMETER_BYTES, meaning given by the catalogue.
 
     Returns:
         the tagged COSE_Sign1, at most MAX_TOKEN_BYTES.
@@ -55,17 +73,52 @@ def sign(
     Raises:
         ValueError: the claims are outside the contract; a programming error.
     """
+    _check_range("feature", feature_number, 1, MAX_FEATURE)
+    _check_range("counter", counter, 1, MAX_COUNTER)
+    _check_range("state", state, DENIED, ALLOWED)
+    _check_range("link", link, LINK_VIN, LINK_BOTH)
+    _check_range("length of the VIN", len(vin), VIN_LENGTH, VIN_LENGTH)
+    _check_range("length of the uid", len(uid), UID_BYTES, UID_BYTES)
+    _check_range("length of the parameters", len(parameters), 0, MAX_PARAMETER_BYTES)
     if state == DENIED and terms:
         raise ValueError("a token with state 0 has no terms")
-    if not 1 <= counter <= MAX_COUNTER:
-        raise ValueError(f"counter: expected 1 to {MAX_COUNTER}, found {counter}")
     claims: dict[int, object] = {1: VERSION, 2: feature_number, 3: counter, 4: state}
+    if link != LINK_BOTH:
+        claims[5] = link
     if terms:
-        claims[6] = dict(terms)
-    token = sign_claims(key, claims, vin=vin, uid=uid)
+        claims[6] = _checked(terms)
+    if parameters:
+        claims[7] = parameters
+    token = sign_claims(
+        key, claims, vin=None if link == LINK_UID else vin, uid=None if link == LINK_VIN else uid
+    )
     if len(token) > MAX_TOKEN_BYTES:
         raise ValueError(f"token: {len(token)} bytes are more than the limit of {MAX_TOKEN_BYTES}")
     return token
+
+
+def _checked(terms: Mapping[int, Limit]) -> dict[int, object]:
+    """Returns the terms as they are encoded."""
+    for term, limit in terms.items():
+        if (term == TERM_ODOMETER_RANGE_M) != isinstance(limit, tuple):
+            raise ValueError(f"term {term}: only term {TERM_ODOMETER_RANGE_M} is a range, found {limit}")
+        if isinstance(limit, tuple):
+            from_m, to_m = limit
+            _check_range("odometer, from", from_m, 0, MAX_LIMIT - 1)
+            _check_range("odometer, to", to_m, from_m + 1, MAX_LIMIT)
+        else:
+            _check_range("number of a term", term, TERM_NOT_AFTER_S, TERM_SPEED_LIMIT_KMH)
+            _check_range(f"term {term}", limit, int(term in _COUNTED), MAX_LIMIT)
+    if not _MEASURED.isdisjoint(terms) and _COUNTED.isdisjoint(terms):
+        raise ValueError(
+            f"terms {sorted(terms)}: dates and distances need one of {sorted(_COUNTED)} beside them"
+        )
+    return {term: list(limit) if isinstance(limit, tuple) else limit for term, limit in terms.items()}
+
+
+def _check_range(what: str, found: int, lowest: int, highest: int) -> None:
+    if not lowest <= found <= highest:
+        raise ValueError(f"{what}: expected {lowest} to {highest}, found {found}")
 
 
 def sign_claims(
@@ -83,6 +136,12 @@ def feature_number(content: bytes) -> int:
     """The feature of a token that this cloud signed."""
     payload: bytes = cbor2.loads(content).value[2]
     return int(cbor2.loads(payload)[2])
+
+
+def signer_id(content: bytes) -> bytes:
+    """Id of the key that signed a token of this cloud."""
+    found: bytes = cbor2.loads(cbor2.loads(content).value[0])[_KID]
+    return found
 
 
 def key_id(key: Ed25519PrivateKey) -> bytes:

@@ -7,9 +7,11 @@ goes through a store that is written before anything acts; if it cannot be
 written, the answer is NRC 0x72 and nothing has changed.
 
 What terms 5 to 7 count: wake-ups by terminal 15 after acceptance; time with
-the heater on; each time the heater goes from off to on. They are judged at
-wake-up only. Operating time and executions are written ahead of use, so that
-cutting the power never returns any of them.
+the heater on; each time the heater goes from off to on. Terms 1 to 4 are
+measured by a clock and an odometer of the ECU's own if it has them; else they
+are advisory, by what the bus says, and one of terms 5 to 7 has to stand beside
+them. All are judged at wake-up only. Operating time and executions are written
+ahead of use, so that cutting the power never returns any of them.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from firmware_sim import token as tokens
-from firmware_sim.token import Term, TokenError
+from firmware_sim.measures import ODOMETER, UNIX_TIME, BusSignal, Measure, Measures
+from firmware_sim.token import ALL_TERMS, COUNTED_TERMS, Term, TokenError
 
 NS_PER_MS = 1_000_000
 NS_PER_S = 1_000_000_000
@@ -54,6 +57,10 @@ _SUPPRESS = 0x80  # suppressPosRspMsgIndicationBit, ISO 14229-1:2020 section 8.2
 _START_ROUTINE = 0x01
 _OUTPUT_TERMS = frozenset({Term.OPERATING_TIME, Term.EXECUTIONS, Term.SPEED_LIMIT})
 """Limits that only a feature with an output can measure."""
+
+_TIME_TERMS = frozenset({Term.NOT_AFTER, Term.DAYS})
+_ODOMETER_TERMS = frozenset({Term.DISTANCE, Term.ODOMETER_RANGE})
+SECONDS_PER_DAY = 86_400
 
 RID_ANNOUNCE = 0x0F0C
 RID_INSTALL = 0x0F0D
@@ -111,6 +118,11 @@ class Reason(enum.IntEnum):
     CYCLES_USED = 4
     TIME_USED = 5
     EXECUTIONS_USED = 6
+    DATE_PASSED = 7
+    DAYS_USED = 8
+    DISTANCE_USED = 9
+    OUT_OF_ODOMETER_RANGE = 10
+    NO_VALUE = 11
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,19 +133,28 @@ class Right:
         terms: value of each limit, as in the token.
         cycles_used, executions_used: counts since acceptance.
         operating_ms: milliseconds since acceptance, including what is reserved.
+        accepted_s, accepted_m: date (Unix seconds) and odometer (metres) at acceptance, or at
+            the first wake-up after it at which they were known.
         ended: NONE, or the limit that ended it.
+        is_final: True if only a newer token brings an ended right back; an end by an
+            advisory limit is judged again at each wake-up.
+        waits: NONE, or why it does not hold yet.
     """
 
     counter: int
     sha256: str
     allowed: bool
-    terms: Mapping[int, int]
+    terms: Mapping[int, int | tuple[int, int]]
     parameters: bytes = b""
     released: bool = False
     cycles_used: int = 0
     operating_ms: int = 0
     executions_used: int = 0
+    accepted_s: int | None = None
+    accepted_m: int | None = None
     ended: Reason = Reason.NONE
+    is_final: bool = False
+    waits: Reason = Reason.NONE
 
     @property
     def status(self) -> tuple[State, Reason]:
@@ -144,11 +165,27 @@ class Right:
             return State.ENDED, self.ended
         if self.released:
             return State.OFF, Reason.RELEASED
+        if self.waits is not Reason.NONE:
+            return State.OFF, self.waits
         return State.ON, Reason.NONE
 
-    def judged(self) -> Right:
+    def limit(self, term: Term) -> int | None:
+        """Value of a limit that is one number; None if the token does not carry it."""
+        value = self.terms.get(term)
+        return value if isinstance(value, int) else None
+
+    def begun_at(self, measures: Measures) -> Right:
+        """Returns the right with the date and the odometer that it is measured from, once they are known."""
+        accepted_s, accepted_m = self.accepted_s, self.accepted_m
+        if accepted_s is None and Term.DAYS in self.terms:
+            accepted_s = measures.time_s.value
+        if accepted_m is None and Term.DISTANCE in self.terms:
+            accepted_m = measures.odometer_m.value
+        return replace(self, accepted_s=accepted_s, accepted_m=accepted_m)
+
+    def judged(self, measures: Measures) -> Right:
         """Returns the right after one wake-up: ended by a limit, or with the cycle counted."""
-        if self.status[0] is State.ENDED or not self.allowed:
+        if not self.allowed or self.is_final:
             return self
         used = (
             (Term.IGNITION_CYCLES, self.cycles_used, Reason.CYCLES_USED),
@@ -156,11 +193,51 @@ class Right:
             (Term.EXECUTIONS, self.executions_used, Reason.EXECUTIONS_USED),
         )
         for term, amount, reason in used:
-            if term in self.terms and amount >= self.terms[term]:
-                return replace(self, ended=reason)
-        if Term.IGNITION_CYCLES in self.terms:
-            return replace(self, cycles_used=self.cycles_used + 1)
-        return self
+            limit = self.limit(term)
+            if limit is not None and amount >= limit:
+                return replace(self, ended=reason, is_final=True, waits=Reason.NONE)
+        right = self.begun_at(measures).measured(measures)
+        if Term.IGNITION_CYCLES in self.terms and not right.is_final:
+            # Also while it waits or rests: what the bus says must not stretch a lease.
+            return replace(right, cycles_used=right.cycles_used + 1)
+        return right
+
+    def measured(self, measures: Measures) -> Right:
+        """Judges date and distance; an end by an authenticated source comes before one by the bus."""
+        ended, is_final, waits = Reason.NONE, False, Reason.NONE
+        for term in sorted(_MEASURED_BY.keys() & self.terms.keys()):
+            measure = measures.time_s if term in _TIME_TERMS else measures.odometer_m
+            if measure.value is None:
+                if COUNTED_TERMS.isdisjoint(self.terms):
+                    waits = Reason.NO_VALUE
+                continue
+            state = self._state_by(term, measure.value)
+            if state is State.ENDED and (ended is Reason.NONE or (measure.is_trusted and not is_final)):
+                ended, is_final = _MEASURED_BY[term], measure.is_trusted
+            elif state is State.OFF:
+                waits = _MEASURED_BY[term]
+        return replace(self, ended=ended, is_final=is_final, waits=waits)
+
+    def _state_by(self, term: int, value: int) -> State:
+        """What one limit says of the date (Unix seconds) or the odometer (metres)."""
+        limit = self.terms[term]
+        if isinstance(limit, tuple):
+            from_m, to_m = limit
+            return State.OFF if value < from_m else State.ON if value < to_m else State.ENDED
+        if term == Term.NOT_AFTER:
+            return State.ENDED if value > limit else State.ON
+        begun = self.accepted_s if term == Term.DAYS else self.accepted_m
+        span = limit * SECONDS_PER_DAY if term == Term.DAYS else limit
+        return State.ENDED if begun is not None and value - begun >= span else State.ON
+
+
+_MEASURED_BY: Mapping[int, Reason] = {
+    Term.NOT_AFTER: Reason.DATE_PASSED,
+    Term.DAYS: Reason.DAYS_USED,
+    Term.DISTANCE: Reason.DISTANCE_USED,
+    Term.ODOMETER_RANGE: Reason.OUT_OF_ODOMETER_RANGE,
+}
+"""Limits that need a date or an odometer, and the reason that each gives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,10 +247,14 @@ class EcuState:
     Args:
         token_keys: Ed25519 public key of each epoch.
         rights: by feature number.
+        heard_s, heard_m: date (Unix seconds) and odometer (metres) that the bus said last
+            and that were plausible; None if nothing needs them.
     """
 
     token_keys: Mapping[int, bytes] = field(default_factory=dict)
     rights: Mapping[int, Right] = field(default_factory=dict)
+    heard_s: int | None = None
+    heard_m: int | None = None
 
 
 class Store(Protocol):
@@ -347,6 +428,10 @@ class SeatModule(Ecu):
         token_root: Ed25519 public key from production, 32 bytes.
         store: its durable memory.
         changes_in_motion: True if features may be switched above 5 km/h.
+        terms: limits that it implements; a token with another one is refused.
+        clock: its own authenticated clock, Unix seconds, or None while that is not set;
+            without one, dates are advisory.
+        odometer: its own odometer, metres; without one, distances are advisory.
 
     Raises:
         StoreError: the durable state cannot be read.
@@ -361,12 +446,23 @@ class SeatModule(Ecu):
         store: Store,
         now_ns: int,
         changes_in_motion: bool = False,
+        terms: frozenset[Term] = ALL_TERMS,
+        clock: Callable[[], int | None] | None = None,
+        odometer: Callable[[], int | None] | None = None,
     ) -> None:
         super().__init__(identity, now_ns=now_ns)
         self._features = features
         self._token_root = token_root
         self._store = store
         self._changes_in_motion = changes_in_motion
+        self._terms = terms
+        self._clock = clock
+        self._odometer = odometer
+        self._advisory_terms: frozenset[Term] = (frozenset() if clock else _TIME_TERMS) | (
+            frozenset() if odometer else _ODOMETER_TERMS
+        )
+        self._heard_time = BusSignal(UNIX_TIME)
+        self._heard_odometer = BusSignal(ODOMETER)
         self._state = store.load()
         self._store_failed = False
         self._speed_kmh = 0.0
@@ -428,17 +524,29 @@ class SeatModule(Ecu):
         self._speed_kmh = speed_kmh
         self._drive_output(now_ns)
 
+    def hear_time(self, unix_s: int, now_ns: int) -> None:
+        """Takes the date that the bus says, Unix seconds; it is advisory."""
+        self._heard_time.hear(unix_s, now_ns)
+
+    def hear_odometer(self, odometer_m: int, now_ns: int) -> None:
+        """Takes the odometer that the bus says, metres; it is advisory."""
+        self._heard_odometer.hear(odometer_m, now_ns)
+
     def terminal_15(self, *, on: bool, now_ns: int) -> None:
         """Ignition on or off. Going on is the wake-up at which limits are judged."""
-        woken = on and not self._ignition_on
+        changed = on != self._ignition_on
         self._ignition_on = on
-        if woken:
+        if changed and on:
             self._judge(now_ns)
+        elif changed:
+            self._remember_heard(now_ns)
         self._drive_output(now_ns)
 
     def reset(self, now_ns: int) -> None:
         """Restarts it; only what is durable survives."""
         self._level = 0
+        self._heard_time.forget()
+        self._heard_odometer.forget()
         super().reset(now_ns)
         try:
             self._state = self._store.load()
@@ -481,11 +589,11 @@ class SeatModule(Ecu):
 
     def _accept(self, content: bytes, now_ns: int) -> int:
         """Makes the checks in the order of docs/token.md; returns the feature's number."""
-        token = tokens.parse(content)
+        token = tokens.parse(content, implemented=self._terms, advisory=self._advisory_terms)
         feature = token.claims.feature
         if feature not in self._features:
             raise NegativeResponse(Nrc.REQUEST_OUT_OF_RANGE, f"this ECU has no feature {feature}")
-        if feature != SEAT_HEATING and (unmeasured := _OUTPUT_TERMS & set(token.claims.terms)):
+        if feature != SEAT_HEATING and (unmeasured := _OUTPUT_TERMS & token.claims.terms.keys()):
             raise tokens.UnknownTermError(min(unmeasured))
         keys = self._state.token_keys
         newest = keys[max(keys)] if keys else None
@@ -499,14 +607,13 @@ class SeatModule(Ecu):
         if stored is not None and freshness is tokens.Freshness.REPEATED:
             right = replace(stored, released=False)
         else:
-            limits = {term: value for term, value in token.claims.terms.items() if isinstance(value, int)}
             right = Right(
                 counter=token.claims.counter,
                 sha256=token.sha256,
                 allowed=token.claims.allowed,
-                terms=limits,
+                terms=token.claims.terms,
                 parameters=token.claims.parameters,
-            )
+            ).begun_at(self._measures())
         self._change(feature, right, now_ns)
         self._tell(
             "token-accepted",
@@ -525,7 +632,8 @@ class SeatModule(Ecu):
         if feature not in self._features:
             raise NegativeResponse(Nrc.REQUEST_OUT_OF_RANGE, f"this ECU has no feature {feature}")
         right = self._state.rights.get(feature)
-        if right is not None and right.status[0] is State.ON:
+        if right is not None and right.allowed and not right.is_final:
+            # Also while it rests: at a later wake-up it would come back.
             self._change(feature, replace(right, released=True), now_ns)
         return data + bytes([self.status(feature)[0]])
 
@@ -563,9 +671,41 @@ class SeatModule(Ecu):
 
     # --- limits and output ---
 
+    def _measures(self) -> Measures:
+        """Date and odometer now: the ECU's own, or what the bus said last."""
+        heard_s, heard_m = self._heard()
+        return Measures(
+            Measure(self._clock(), is_trusted=True) if self._clock else Measure(heard_s, is_trusted=False),
+            Measure(self._odometer(), is_trusted=True)
+            if self._odometer
+            else Measure(heard_m, is_trusted=False),
+        )
+
+    def _heard(self) -> tuple[int | None, int | None]:
+        """Date and odometer that the bus said last, in this drive or before it."""
+        heard_s, heard_m = self._heard_time.plausible, self._heard_odometer.plausible
+        return (
+            self._state.heard_s if heard_s is None else heard_s,
+            self._state.heard_m if heard_m is None else heard_m,
+        )
+
+    def _remember_heard(self, now_ns: int) -> None:
+        """Keeps what the bus said for the next wake-up, if a right is judged by it."""
+        carried = {term for right in self._state.rights.values() for term in right.terms}
+        if self._advisory_terms.isdisjoint(carried):
+            return
+        heard_s, heard_m = self._heard()
+        heard = replace(self._state, heard_s=heard_s, heard_m=heard_m)
+        try:
+            if heard != self._state:
+                self._save(heard)
+        except StoreError as error:
+            self._tell("store-failed", now_ns, message=str(error))
+
     def _judge(self, now_ns: int) -> None:
         before = {number: self.status(number) for number in self._state.rights}
-        judged = {number: right.judged() for number, right in self._state.rights.items()}
+        measures = self._measures()
+        judged = {number: right.judged(measures) for number, right in self._state.rights.items()}
         try:
             if judged != self._state.rights:
                 self._save(replace(self._state, rights=judged))
@@ -597,7 +737,7 @@ class SeatModule(Ecu):
         self._level = wanted
 
     def _may_heat(self, right: Right, now_ns: int) -> bool:
-        limit = right.terms.get(Term.SPEED_LIMIT)
+        limit = right.limit(Term.SPEED_LIMIT)
         return (
             self.is_awake(now_ns)
             and self._ignition_on
@@ -644,10 +784,10 @@ class SeatModule(Ecu):
             if right is not None:
                 counter = right.counter
                 used_ms = self._operating_ms(right, now_ns) if feature == SEAT_HEATING else 0
-                if Term.IGNITION_CYCLES in right.terms:
-                    cycles = max(0, right.terms[Term.IGNITION_CYCLES] - right.cycles_used)
-                if Term.OPERATING_TIME in right.terms:
-                    seconds = max(0, right.terms[Term.OPERATING_TIME] - used_ms // 1000)
+                if (limit := right.limit(Term.IGNITION_CYCLES)) is not None:
+                    cycles = max(0, limit - right.cycles_used)
+                if (limit := right.limit(Term.OPERATING_TIME)) is not None:
+                    seconds = max(0, limit - used_ms // 1000)
             return bytes([state, reason]) + b"".join(n.to_bytes(4) for n in (counter, cycles, seconds))
 
         return read

@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import TextIO
@@ -31,7 +32,7 @@ from firmware_sim.frame import Frame
 from firmware_sim.hub import Bus
 from firmware_sim.scenario import EcuConfig, EcuKind, Scenario
 from firmware_sim.store import FileStore
-from firmware_sim.token import MAX_TOKEN_BYTES, TokenError
+from firmware_sim.token import MAX_TOKEN_BYTES, Term, TokenError
 from firmware_sim.transport import TransportError, open_bus
 from firmware_sim.vehicle import ControlError, DriveCycle, Truth, Vehicle, load_database, read_cycle
 
@@ -66,7 +67,7 @@ def build(scenario: Scenario, *, now_ns: int) -> Vehicle:
         if config.kind is EcuKind.POWERTRAIN:
             others.append(Powertrain(identity, odometer_m=odometer_m, now_ns=now_ns))
         else:
-            seat = _seat_module(config, identity, root, scenario.trust.token_keys, now_ns)
+            seat = _seat_module(config, identity, root, scenario.trust.token_keys, odometer_m, now_ns)
     if seat is None:
         raise ScenarioError("the scenario has no seat module")
     vehicle = Vehicle(
@@ -272,7 +273,12 @@ def _identity(config: EcuConfig, vin: str) -> Identity:
 
 
 def _seat_module(
-    config: EcuConfig, identity: Identity, root: bytes, announcements: tuple[Path, ...], now_ns: int
+    config: EcuConfig,
+    identity: Identity,
+    root: bytes,
+    announcements: tuple[Path, ...],
+    odometer_m: Callable[[], int],
+    now_ns: int,
 ) -> SeatModule:
     if config.state is None:
         raise ScenarioError(f"ECU {config.identifier} has no state file")
@@ -285,6 +291,9 @@ def _seat_module(
             store=FileStore(config.state),
             now_ns=now_ns,
             changes_in_motion=config.changes_in_motion,
+            terms=frozenset(Term(number) for number in config.terms),
+            clock=(lambda: int(time.time())) if "clock" in config.own else None,
+            odometer=odometer_m if "odometer" in config.own else None,
         )
         for path in announcements:
             seat.learn_key(_read(path, MAX_TOKEN_BYTES))

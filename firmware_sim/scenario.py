@@ -10,7 +10,7 @@ from pathlib import Path
 
 from common.config import option
 from firmware_sim import control
-from firmware_sim.token import MAX_FEATURE
+from firmware_sim.token import MAX_FEATURE, Term
 from firmware_sim.vehicle import ControlError
 
 MAX_STANDARD_ID = 0x7FF
@@ -65,6 +65,9 @@ class EcuConfig:
         features: numbers of its features (seat module only).
         state: its durable file (seat module only).
         changes_in_motion: True if features may be switched above 5 km/h.
+        terms: limits of tokens that it implements (seat module only); it refuses the others.
+        own: what it measures by itself instead of believing the bus (seat module only): "clock"
+            is this machine's, "odometer" that of the simulated vehicle.
     """
 
     identifier: str = option(pattern=r"[A-Za-z0-9._-]{1,64}")
@@ -76,6 +79,10 @@ class EcuConfig:
     features: tuple[int, ...] = option(default=(), minimum=1, maximum=MAX_FEATURE)
     state: Path | None = None
     changes_in_motion: bool = False
+    terms: tuple[int, ...] = option(
+        default=tuple(int(term) for term in Term), minimum=min(Term), maximum=max(Term)
+    )
+    own: tuple[str, ...] = option(default=(), choices=("clock", "odometer"))
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """What does not fit together."""
@@ -83,8 +90,8 @@ class EcuConfig:
             yield "features", "a seat module needs at least one feature"
         if self.kind is EcuKind.SEAT_MODULE and self.state is None:
             yield "state", "a seat module needs a file for its durable state"
-        if self.kind is EcuKind.POWERTRAIN and (self.features or self.state):
-            yield "kind", "a powertrain has neither features nor state"
+        if self.kind is EcuKind.POWERTRAIN and (self.features or self.state or self.own):
+            yield "kind", "a powertrain has no features, no state and nothing in 'own'"
 
 
 @dataclass(frozen=True)

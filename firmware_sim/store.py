@@ -16,7 +16,7 @@ from firmware_sim.ecu import EcuState, Reason, Right, StoreError
 
 MAX_STATE_BYTES = 65_536
 """Largest state file that is read."""
-_FORMAT = 1
+_FORMAT = 2
 
 
 class FileStore:
@@ -86,10 +86,16 @@ def _to_json(state: EcuState) -> dict[str, Any]:
                 "cycles_used": right.cycles_used,
                 "operating_ms": right.operating_ms,
                 "executions_used": right.executions_used,
+                "accepted_s": right.accepted_s,
+                "accepted_m": right.accepted_m,
                 "ended": int(right.ended),
+                "is_final": right.is_final,
+                "waits": int(right.waits),
             }
             for number, right in state.rights.items()
         },
+        "heard_s": state.heard_s,
+        "heard_m": state.heard_m,
     }
 
 
@@ -99,6 +105,8 @@ def _from_json(found: Any) -> EcuState:
     return EcuState(
         token_keys={int(epoch): bytes.fromhex(key) for epoch, key in found["token_keys"].items()},
         rights={int(number): _right(right) for number, right in found["rights"].items()},
+        heard_s=_known(found["heard_s"]),
+        heard_m=_known(found["heard_m"]),
     )
 
 
@@ -107,11 +115,26 @@ def _right(found: Any) -> Right:
         counter=int(found["counter"]),
         sha256=str(found["sha256"]),
         allowed=found["allowed"] is True,
-        terms={int(term): int(value) for term, value in found["terms"].items()},
+        terms={int(term): _limit(value) for term, value in found["terms"].items()},
         parameters=bytes.fromhex(found["parameters"]),
         released=found["released"] is True,
         cycles_used=int(found["cycles_used"]),
         operating_ms=int(found["operating_ms"]),
         executions_used=int(found["executions_used"]),
+        accepted_s=_known(found["accepted_s"]),
+        accepted_m=_known(found["accepted_m"]),
         ended=Reason(found["ended"]),
+        is_final=found["is_final"] is True,
+        waits=Reason(found["waits"]),
     )
+
+
+def _limit(found: Any) -> int | tuple[int, int]:
+    if isinstance(found, list):
+        lowest, highest = found
+        return int(lowest), int(highest)
+    return int(found)
+
+
+def _known(found: Any) -> int | None:
+    return None if found is None else int(found)

@@ -1,7 +1,9 @@
 """Verifies feature tokens as an ECU does, with nothing but its own keys, VIN and uid.
 
 Implements docs/token.md: COSE_Sign1 (RFC 9052 section 4.2) with Ed25519
-(RFC 8032) in deterministic CBOR (RFC 8949 section 4.2.1). Does no I/O and
+(RFC 8032) in deterministic CBOR (RFC 8949 section 4.2.1). As every byte of the
+envelope but kid, payload and signature is fixed by that encoding, it is compared
+and not decoded; nothing is encoded again to check a signature. Does no I/O and
 reads no clock. Every refusal is a TokenError that carries the NRC of
 ISO 14229-1:2020 annex A; verifying raises and never returns a bool.
 """
@@ -14,14 +16,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-import cbor2
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 MAX_TOKEN_BYTES = 256
 """Largest token or announcement, bytes (docs/token.md, "Form")."""
-MAX_DEPTH = 4
-"""Deepest nesting of arrays and maps; a token needs two in each of its parts."""
 MAX_TERMS = 8
 """Most limits in one token."""
 MAX_PARAMETER_BYTES = 32
@@ -33,18 +32,29 @@ KID_BYTES = 8
 KEY_BYTES = 32
 SIGNATURE_BYTES = 64
 
-_TAG_18 = b"\xd2"  # RFC 9052 section 2: COSE_Sign1
-_EDDSA = -8  # RFC 9053 section 2.2
-_HEADER_ALG = 1
-_HEADER_KID = 4
-_SIGN1_ENTRIES = 4
-_RANGE_ENTRIES = 2
+# The envelope in its only deterministic encoding: tag 18 (RFC 9052 section 2), an array of 4,
+# the protected header {1: -8 (EdDSA, RFC 9053 section 2.2), 4: kid}, the empty unprotected header.
+_ENVELOPE_HEAD = bytes.fromhex("d2844da201270448")
+_PROTECTED = slice(2, len(_ENVELOPE_HEAD) + KID_BYTES)
+_KID = slice(len(_ENVELOPE_HEAD), _PROTECTED.stop)
+_UNPROTECTED = slice(_PROTECTED.stop, _PROTECTED.stop + 1)
+_EMPTY_MAP = b"\xa0"
+_SIGNATURE_HEAD = b"\x58\x40"  # byte string of 64
+_NULL = b"\xf6"
+_SIGNATURE_CONTEXT = b"\x84\x6aSignature1"  # RFC 9052 section 4.4
+_TOKEN_CONTEXT = b"\x83\x70openfod-token-v1"
+_KEY_CONTEXT = b"\x81\x74openfod-token-key-v1"
+_VIN_HEAD = b"\x71"  # text of 17
+_UID_HEAD = b"\x50"  # byte string of 16
+
+# RFC 8949 section 3: major types, and arguments that need bytes of their own.
+_UINT, _BYTES, _ARRAY, _MAP = 0, 2, 4, 5
+_ONE_BYTE, _EIGHT_BYTES = 24, 27
+
 _CLAIM_TERMS = 6
-_CLAIM_PARAMETERS = 7
-# RFC 8949 section 3: what the high and low bits of an item's first byte may be here.
-_LAST_MAJOR = 5
-_LAST_LOW = 27
-_FIRST_ARGUMENT = 24
+_REQUIRED_CLAIMS = frozenset({1, 2, 3, 4})
+_LAST_CLAIM = 7
+_RANGE_ENTRIES = 2
 
 
 class TokenError(Exception):
@@ -74,6 +84,16 @@ class UnknownTermError(TokenError):
         self.term = term
 
 
+class UnboundedTermError(TokenError):
+    """A limit that only the bus measures, with none beside it that the ECU counts: requestOutOfRange."""
+
+    def __init__(self, term: int) -> None:
+        super().__init__(
+            f"term {term} is advisory here, and none of terms 5 to 7 bounds what a lying bus could give"
+        )
+        self.term = term
+
+
 class SignatureError(TokenError):
     """Forged, under a key that is not trusted now, or made for another VIN or uid: securityAccessDenied."""
 
@@ -99,9 +119,10 @@ class Term(enum.IntEnum):
     SPEED_LIMIT = 8
 
 
-IMPLEMENTED_TERMS = frozenset({Term.IGNITION_CYCLES, Term.OPERATING_TIME, Term.EXECUTIONS, Term.SPEED_LIMIT})
-"""Limits that the simulated ECU measures. It has neither an authenticated clock
-nor an authenticated odometer, so it refuses terms 1 to 4."""
+ALL_TERMS = frozenset(Term)
+"""An ECU that implements the whole table."""
+COUNTED_TERMS = frozenset({Term.IGNITION_CYCLES, Term.OPERATING_TIME, Term.EXECUTIONS})
+"""Limits that an ECU counts by itself; nothing on the bus moves them."""
 
 
 class Link(enum.IntEnum):
@@ -133,15 +154,38 @@ class Claims:
 
 
 @dataclass(frozen=True, slots=True)
-class Token:
-    """A well-formed token that is not verified yet."""
+class _Envelope:
+    """The parts of a COSE_Sign1; `protected` and `payload` with their heads, as the signature covers them."""
 
-    content: bytes
     kid: bytes
     protected: bytes
     payload: bytes
     signature: bytes
+
+    def check_signature(self, key: bytes, external: bytes) -> None:
+        """Checks an Ed25519 signature over the Sig_structure (RFC 9052 section 4.4)."""
+        # The external data has 22 to 53 bytes: one or two bytes of head.
+        length = len(external)
+        head = bytes([0x40 | length]) if length < _ONE_BYTE else bytes([0x58, length])
+        signed = _SIGNATURE_CONTEXT + self.protected + head + external + self.payload
+        try:
+            Ed25519PublicKey.from_public_bytes(key).verify(self.signature, signed)
+        except InvalidSignature as error:
+            raise SignatureError("the signature does not verify for this VIN and uid") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A well-formed token that is not verified yet."""
+
+    content: bytes
+    envelope: _Envelope
     claims: Claims
+
+    @property
+    def kid(self) -> bytes:
+        """Which key is said to have signed it."""
+        return self.envelope.kid
 
     @property
     def sha256(self) -> str:
@@ -160,12 +204,9 @@ class Token:
             SignatureError: forged, or made for another VIN or uid.
         """
         link = self.claims.link
-        external: list[object] = [
-            "openfod-token-v1",
-            vin if link & Link.VIN else None,
-            uid if link & Link.UID else None,
-        ]
-        _check_signature(self.protected, self.payload, self.signature, key, external)
+        external = _TOKEN_CONTEXT + (_VIN_HEAD + vin.encode("ascii") if link & Link.VIN else _NULL)
+        external += _UID_HEAD + uid if link & Link.UID else _NULL
+        self.envelope.check_signature(key, external)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,21 +234,28 @@ def key_id(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()[:KID_BYTES]
 
 
-def parse(content: bytes, *, implemented: frozenset[Term] = IMPLEMENTED_TERMS) -> Token:
+def parse(
+    content: bytes, *, implemented: frozenset[Term] = ALL_TERMS, advisory: frozenset[Term] = frozenset()
+) -> Token:
     """Reads a token without trusting it.
 
     Args:
         content: the COSE_Sign1 bytes.
         implemented: limits that this ECU measures.
+        advisory: those of them for which it has only the word of the bus.
 
     Raises:
         LengthError: empty or longer than 256 bytes.
         MalformedError: any departure from docs/token.md.
         UnknownTermError: a limit outside `implemented`.
+        UnboundedTermError: an advisory limit without one that the ECU counts.
     """
-    protected, kid, payload, signature = _sign1(content)
-    claims = _claims(_decode(payload, "payload"), implemented)
-    return Token(content, kid, protected, payload, signature, claims)
+    envelope, payload = _open(content)
+    claims = _claims(payload, implemented)
+    carried = claims.terms.keys()
+    if COUNTED_TERMS.isdisjoint(carried) and (unbounded := advisory & carried):
+        raise UnboundedTermError(min(unbounded))
+    return Token(content, envelope, claims)
 
 
 def check_counter(token: Token, *, counter: int, sha256: str) -> Freshness:
@@ -240,156 +288,141 @@ def verify_announcement(content: bytes, *, root: bytes) -> Announcement:
         LengthError, MalformedError: as in `parse`.
         SignatureError: not signed by the root.
     """
-    protected, kid, payload, signature = _sign1(content)
-    body = _decode(payload, "payload")
-    if not isinstance(body, dict) or set(body) != {1, 2}:
-        raise MalformedError("the announcement is not a map of epoch (1) and key (2)")
-    epoch = _uint(body[1], "epoch", 1, UINT32_MAX)
-    key = _bytes(body[2], "key", KEY_BYTES, KEY_BYTES)
-    if kid != key_id(root):
-        raise SignatureError(f"announced under kid {kid.hex()}, the root is {key_id(root).hex()}")
-    _check_signature(protected, payload, signature, root, ["openfod-token-key-v1"])
+    envelope, payload = _open(content)
+    payload.count(_MAP, "announcement", 2, 2)
+    payload.uint("first key of the announcement", 1, 1)
+    epoch = payload.uint("epoch", 1, UINT32_MAX)
+    payload.uint("second key of the announcement", 2, 2)
+    key = payload.byte_string("key", KEY_BYTES, KEY_BYTES)
+    payload.check_end()
+    if envelope.kid != key_id(root):
+        raise SignatureError(f"announced under kid {envelope.kid.hex()}, the root is {key_id(root).hex()}")
+    envelope.check_signature(root, _KEY_CONTEXT)
     return Announcement(epoch, key)
 
 
-def _sign1(content: bytes) -> tuple[bytes, bytes, bytes, bytes]:
-    """Returns protected header, kid, payload and signature of a COSE_Sign1."""
+def _open(content: bytes) -> tuple[_Envelope, _Reader]:
+    """Returns the parts of a COSE_Sign1 and a reader of its payload."""
     if not 1 <= len(content) <= MAX_TOKEN_BYTES:
         raise LengthError(f"{len(content)} bytes; expected 1 to {MAX_TOKEN_BYTES}")
-    if content[:1] != _TAG_18:
-        raise MalformedError("CBOR tag 18 (COSE_Sign1) is missing")
-    message = _decode(content[1:], "message")
-    if not isinstance(message, list) or len(message) != _SIGN1_ENTRIES:
-        raise MalformedError("a COSE_Sign1 is an array of 4 entries")
-    protected = _bytes(message[0], "protected header", 1, MAX_TOKEN_BYTES)
-    if message[1] != {}:
+    if not content.startswith(_ENVELOPE_HEAD):
+        raise MalformedError(
+            "not a tagged COSE_Sign1 whose protected header is {1: -8, 4: kid of 8 bytes}:"
+            f" expected {_ENVELOPE_HEAD.hex()} first, found {content[: len(_ENVELOPE_HEAD)].hex()}"
+        )
+    if content[_UNPROTECTED] != _EMPTY_MAP:
         raise MalformedError("the unprotected header must be empty")
-    payload = _bytes(message[2], "payload", 1, MAX_TOKEN_BYTES)
-    signature = _bytes(message[3], "signature", SIGNATURE_BYTES, SIGNATURE_BYTES)
-    header = _decode(protected, "protected header")
-    if not isinstance(header, dict) or set(header) != {_HEADER_ALG, _HEADER_KID}:
-        raise MalformedError("the protected header holds alg (1) and kid (4), nothing else")
-    if type(header[_HEADER_ALG]) is not int or header[_HEADER_ALG] != _EDDSA:
-        raise MalformedError(f"algorithm {header[_HEADER_ALG]!r}; expected {_EDDSA} (EdDSA)")
-    kid = _bytes(header[_HEADER_KID], "kid", KID_BYTES, KID_BYTES)
-    return protected, kid, payload, signature
+    reader = _Reader(content, _UNPROTECTED.stop)
+    payload = reader.byte_string("payload", 1, MAX_TOKEN_BYTES)
+    tail = content[reader.at :]
+    if len(tail) != len(_SIGNATURE_HEAD) + SIGNATURE_BYTES or not tail.startswith(_SIGNATURE_HEAD):
+        raise MalformedError(f"expected a signature of {SIGNATURE_BYTES} bytes at the end")
+    signed_payload = content[_UNPROTECTED.stop : reader.at]
+    envelope = _Envelope(content[_KID], content[_PROTECTED], signed_payload, tail[len(_SIGNATURE_HEAD) :])
+    return envelope, _Reader(payload)
 
 
-def _claims(body: object, implemented: frozenset[Term]) -> Claims:
-    if not isinstance(body, dict):
-        raise MalformedError("the claims are not a map")
-    # `_decode` lets through integers, strings, arrays and maps only, so that
-    # True does not pass for claim 1 here.
-    unknown = set(body) - {1, 2, 3, 4, 5, 6, 7}
-    missing = {1, 2, 3, 4} - set(body)
-    if unknown or missing:
-        raise MalformedError(f"claims unknown: {sorted(map(repr, unknown))}, missing: {sorted(missing)}")
-    _uint(body[1], "version", 1, 1)
-    feature = _uint(body[2], "feature", 1, MAX_FEATURE)
-    counter = _uint(body[3], "counter", 1, UINT32_MAX)
-    allowed = _uint(body[4], "state", 0, 1) == 1
-    link = Link(_uint(body.get(5, Link.BOTH.value), "link", 1, 3))
-    parameters = (
-        _bytes(body[_CLAIM_PARAMETERS], "parameters", 1, MAX_PARAMETER_BYTES)
-        if _CLAIM_PARAMETERS in body
-        else b""
-    )
-    terms: Mapping[int, int | tuple[int, int]] = {}
-    if _CLAIM_TERMS in body:
-        if not allowed:
-            raise MalformedError("a token with state 0 must not carry terms")
-        terms = _terms(body[_CLAIM_TERMS], implemented)
-    return Claims(feature, counter, allowed, link, MappingProxyType(dict(terms)), parameters)
-
-
-def _terms(found: object, implemented: frozenset[Term]) -> Mapping[int, int | tuple[int, int]]:
-    if not isinstance(found, dict) or not 1 <= len(found) <= MAX_TERMS:
-        raise MalformedError(f"terms are a map of 1 to {MAX_TERMS} entries")
+def _claims(payload: _Reader, implemented: frozenset[Term]) -> Claims:
+    numbers = {5: int(Link.BOTH)}
     terms: dict[int, int | tuple[int, int]] = {}
-    for key, value in found.items():
-        number = _uint(key, "term", 0, UINT32_MAX)
-        if number not in implemented:
-            raise UnknownTermError(number)
-        if number == Term.ODOMETER_RANGE:
-            if not isinstance(value, list) or len(value) != _RANGE_ENTRIES:
-                raise MalformedError("term 4 is an array of two distances")
-            terms[number] = (_uint(value[0], "from", 0, UINT32_MAX), _uint(value[1], "to", 0, UINT32_MAX))
-        elif number in {Term.IGNITION_CYCLES, Term.OPERATING_TIME, Term.EXECUTIONS}:
-            terms[number] = _uint(value, f"term {number}", 1, UINT32_MAX)
+    parameters = b""
+    claim = 0
+    for _ in range(payload.count(_MAP, "claims", 1, _LAST_CLAIM)):
+        claim = payload.uint("next claim", claim + 1, _LAST_CLAIM)
+        if claim in _CLAIM_RANGES:
+            what, lowest, highest = _CLAIM_RANGES[claim]
+            numbers[claim] = payload.uint(what, lowest, highest)
+        elif claim == _CLAIM_TERMS:
+            terms = _terms(payload, implemented)
         else:
-            terms[number] = _uint(value, f"term {number}", 0, UINT32_MAX)
+            parameters = payload.byte_string("parameters", 1, MAX_PARAMETER_BYTES)
+    payload.check_end()
+    if missing := _REQUIRED_CLAIMS - numbers.keys():
+        raise MalformedError(f"claims missing: {sorted(missing)}")
+    allowed = numbers[4] == 1
+    if terms and not allowed:
+        raise MalformedError("a token with state 0 must not carry terms")
+    return Claims(numbers[2], numbers[3], allowed, Link(numbers[5]), MappingProxyType(terms), parameters)
+
+
+_CLAIM_RANGES = {
+    1: ("version", 1, 1),
+    2: ("feature", 1, MAX_FEATURE),
+    3: ("counter", 1, UINT32_MAX),
+    4: ("state", 0, 1),
+    5: ("link", 1, 3),
+}
+"""Claims that are whole numbers: name, lowest, highest."""
+
+
+def _terms(payload: _Reader, implemented: frozenset[Term]) -> dict[int, int | tuple[int, int]]:
+    terms: dict[int, int | tuple[int, int]] = {}
+    term = -1
+    for _ in range(payload.count(_MAP, "terms", 1, MAX_TERMS)):
+        term = payload.uint("next term", term + 1, UINT32_MAX)
+        if term not in implemented:
+            raise UnknownTermError(term)
+        if term == Term.ODOMETER_RANGE:
+            payload.count(_ARRAY, "odometer range", _RANGE_ENTRIES, _RANGE_ENTRIES)
+            from_m = payload.uint("from", 0, UINT32_MAX - 1)
+            terms[term] = (from_m, payload.uint("to", from_m + 1, UINT32_MAX))
+        else:
+            terms[term] = payload.uint(f"term {term}", int(term in COUNTED_TERMS), UINT32_MAX)
     return terms
 
 
-def _uint(value: object, what: str, lowest: int, highest: int) -> int:
-    if type(value) is not int or not lowest <= value <= highest:
-        raise MalformedError(f"{what}: expected a whole number from {lowest} to {highest}, found {value!r}")
-    return value
+class _Reader:
+    """Reads the few kinds of CBOR items that a token has, each in its shortest form only."""
 
+    __slots__ = ("_content", "at")
 
-def _bytes(value: object, what: str, shortest: int, longest: int) -> bytes:
-    if not isinstance(value, bytes) or not shortest <= len(value) <= longest:
-        raise MalformedError(f"{what}: expected a byte string of {shortest} to {longest} bytes")
-    return value
+    def __init__(self, content: bytes, at: int = 0) -> None:
+        self._content = content
+        self.at = at
 
+    def uint(self, what: str, lowest: int, highest: int) -> int:
+        """Reads a whole number of a range."""
+        return self.count(_UINT, what, lowest, highest)
 
-def _decode(content: bytes, what: str) -> object:
-    """Decodes one CBOR item and refuses every encoding of it but the deterministic one."""
-    _scan(content, what)
-    try:
-        item: object = cbor2.loads(content)
-        canonical = cbor2.dumps(item, canonical=True)
-    except (cbor2.CBORDecodeError, cbor2.CBOREncodeError) as error:
-        raise MalformedError(f"{what}: not CBOR: {error}") from error
-    if canonical != content:
-        # Long integers, duplicate keys and keys out of order all end here.
-        raise MalformedError(f"{what}: not in deterministic encoding (RFC 8949 section 4.2.1)")
-    return item
+    def byte_string(self, what: str, shortest: int, longest: int) -> bytes:
+        """Reads a byte string of a length."""
+        length = self.count(_BYTES, what, shortest, longest)
+        begin, self.at = self.at, self.at + length
+        found = self._content[begin : self.at]
+        if len(found) != length:
+            raise MalformedError(f"{what}: expected {length} bytes, found {len(found)}")
+        return found
 
+    def count(self, major: int, what: str, lowest: int, highest: int) -> int:
+        """Reads the head of an item and returns its argument, which has to be in a range."""
+        content = self._content
+        if self.at >= len(content):
+            raise MalformedError(f"{what}: the bytes end before it")
+        initial = content[self.at]
+        self.at += 1
+        argument = initial & 0x1F
+        if argument >= _ONE_BYTE:
+            argument = self._long_argument(argument, what)
+        if initial >> 5 != major or not lowest <= argument <= highest:
+            raise MalformedError(
+                f"{what}: expected CBOR type {major} of {lowest} to {highest},"
+                f" found type {initial >> 5} of {argument}"
+            )
+        return argument
 
-def _scan(content: bytes, what: str) -> None:
-    """Walks over the items before anything is decoded.
+    def check_end(self) -> None:
+        """Nothing may follow."""
+        if self.at != len(self._content):
+            raise MalformedError(f"{len(self._content) - self.at} bytes after the end")
 
-    Lets through definite-length integers, strings, arrays and maps that end
-    where the bytes end and are not nested deeper than MAX_DEPTH, so that the
-    decoder meets neither tags nor floats nor endless recursion.
-    """
-    position = 0
-    open_items = [1]
-    while open_items:
-        if open_items[-1] == 0:
-            open_items.pop()
-            continue
-        open_items[-1] -= 1
-        if position >= len(content):
-            raise MalformedError(f"{what}: ends inside an item")
-        major, low = content[position] >> 5, content[position] & 0x1F
-        position += 1
-        if major > _LAST_MAJOR or low > _LAST_LOW:
-            raise MalformedError(f"{what}: tag, float, simple value or indefinite length")
-        if low < _FIRST_ARGUMENT:
-            argument = low
-        else:
-            width = 1 << (low - _FIRST_ARGUMENT)
-            argument = int.from_bytes(content[position : position + width], "big")
-            position += width
-        if major in {2, 3}:
-            position += argument
-        elif major in {4, 5}:
-            if len(open_items) > MAX_DEPTH:
-                raise MalformedError(f"{what}: nested deeper than {MAX_DEPTH}")
-            open_items.append(argument * (major - 3))
-    if position != len(content):
-        raise MalformedError(f"{what}: ends after {position} bytes, found {len(content)}")
-
-
-def _check_signature(
-    protected: bytes, payload: bytes, signature: bytes, key: bytes, external: list[object]
-) -> None:
-    """Checks an Ed25519 signature over the Sig_structure (RFC 9052 section 4.4)."""
-    external_aad = cbor2.dumps(external, canonical=True)
-    signed = cbor2.dumps(["Signature1", protected, external_aad, payload], canonical=True)
-    try:
-        Ed25519PublicKey.from_public_bytes(key).verify(signature, signed)
-    except InvalidSignature as error:
-        raise SignatureError("the signature does not verify for this VIN and uid") from error
+    def _long_argument(self, code: int, what: str) -> int:
+        """Reads an argument of 1, 2, 4 or 8 bytes (RFC 8949 section 4.2.1: none that fits in less)."""
+        if code > _EIGHT_BYTES:
+            raise MalformedError(f"{what}: indefinite length")
+        size = 1 << (code - _ONE_BYTE)
+        raw = self._content[self.at : self.at + size]
+        argument = int.from_bytes(raw)
+        self.at += size
+        if len(raw) != size or argument < (_ONE_BYTE if size == 1 else 1 << (4 * size)):
+            raise MalformedError(f"{what}: cut, or longer than its shortest form")
+        return argument

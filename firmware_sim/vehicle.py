@@ -457,6 +457,8 @@ class Vehicle:
         data[0] = crc8_j1850(message.frame_id.to_bytes(2, "little") + data[1:])
         if self.faults.has(Fault.CRC, name, at_ns):
             data[0] ^= 0xFF
+        elif name == "PT_ODOMETER":
+            self._seat.hear_odometer(self.odometer_m // ODOMETER_STEP_M * ODOMETER_STEP_M, at_ns)
         return Frame(message.frame_id, bytes(data), at_ns)
 
     def _sleeps(self, message: Message, at_ns: int) -> bool:

@@ -2,8 +2,9 @@
 
 The form is that of docs/token.md, version 1: a tagged COSE_Sign1 (RFC 9052,
 section 4.2) in the deterministic encoding of CBOR (RFC 8949, section 4.2.1).
-The reader knows only the CBOR that a token may hold; everything else is
-malformed, so no option of a general decoder can be hit.
+Of the envelope only kid, payload and signature can differ, so that the rest is
+compared. The reader knows only the CBOR that a payload may hold; everything
+else is malformed, so no option of a general decoder can be hit.
 
 The ECU is the judge of a token. The agent reads it to see that it fits the
 right that it stands for, and carries it unchanged.
@@ -36,15 +37,21 @@ LINK_BOTH = 3
 
 _U16 = 2**16 - 1
 _U32 = 2**32 - 1
-_U64 = 2**64 - 1
-_TAG_SIGN1 = 18
-_SCALAR_TERMS = {1: (0, _U64), 2: (0, _U64), 3: (0, _U64), 8: (0, _U64)}
+# Tag 18, array of four, protected header {1: -8 (EdDSA), 4: kid of 8 bytes}; the unprotected one is empty.
+_BEFORE_KID = bytes.fromhex("d2844da201270448")
+_PROTECTED_BEGIN = 3
+_KID_BEGIN = len(_BEFORE_KID)
+_KID_END = _KID_BEGIN + KID_BYTES
+_AFTER_KID = b"\xa0"
+_PAYLOAD_BEGIN = _KID_END + len(_AFTER_KID)
+_SCALAR_TERMS = {1: (0, _U32), 2: (0, _U32), 3: (0, _U32), 8: (0, _U32)}
 _COUNTED_TERMS = {5: (1, _U32), 6: (1, _U32), 7: (1, _U32)}
 _TERM_RANGES = _SCALAR_TERMS | _COUNTED_TERMS
 _TERM_ODOMETER = 4
+_CLAIMS = frozenset({1, 2, 3, 4, 5, 6, 7})
 
 # CBOR major types, RFC 8949 section 3.1
-_UINT, _NINT, _BYTES, _TEXT, _ARRAY, _MAP, _TAG = range(7)
+_UINT, _NINT, _BYTES, _TEXT, _ARRAY, _MAP = range(6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +75,6 @@ class TokenClaims:
     link: int
     terms: Mapping[int, int | tuple[int, int]] = field(default_factory=dict)
     parameters: bytes | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Sign1:
-    """What stands under tag 18."""
-
-    value: object
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +122,9 @@ def verify_token(content: bytes, public_key: bytes, vin: str, uid: bytes) -> Tok
         raise SignatureError(f"token: expected key {expected_kid.hex()}, found {claims.kid.hex()}")
     link_vin = _text(vin) if claims.link != LINK_UID else b"\xf6"  # null
     link_uid = _bytes(uid) if claims.link != LINK_VIN else b"\xf6"
-    external = b"\x83" + _text("openfod-token-v1") + link_vin + link_uid
+    external = _EXTERNAL + link_vin + link_uid
     # Sig_structure, RFC 9052 section 4.4
-    signed = b"\x84" + _text("Signature1") + _bytes(envelope.protected) + _bytes(external)
-    signed += _bytes(envelope.payload)
+    signed = _SIGNATURE1 + _bytes(envelope.protected) + _bytes(external) + _bytes(envelope.payload)
     try:
         Ed25519PublicKey.from_public_bytes(public_key).verify(envelope.signature, signed)
     except InvalidSignature as error:
@@ -136,37 +135,63 @@ def verify_token(content: bytes, public_key: bytes, vin: str, uid: bytes) -> Tok
     return claims
 
 
+def parse_announcement(content: bytes) -> int:
+    """Read the epoch of a token key's announcement; its signature is the ECU's to judge.
+
+    Args:
+        content: 1 to 256 bytes (docs/token.md, "Keys").
+
+    Returns:
+        Epoch of the announced key, from 1.
+
+    Raises:
+        LimitError: more than 256 bytes.
+        MalformedError: not of the form.
+    """
+    payload = _Reader(_open(content)[0].payload).whole()
+    match payload:
+        case {1: int() as epoch, 2: bytes() as key, **other} if not other and len(key) == PUBLIC_KEY_BYTES:
+            return _number(epoch, "key's epoch", 1, _U32)
+        case _:
+            raise MalformedError(f"token key: expected {{1: epoch, 2: key}}, found {shown(payload)}")
+
+
 def _read(content: bytes) -> tuple[_Envelope, TokenClaims]:
+    envelope, kid = _open(content)
+    return envelope, _claims(kid, _Reader(envelope.payload).whole())
+
+
+def _open(content: bytes) -> tuple[_Envelope, bytes]:
+    """Return the parts of a COSE_Sign1 and the id of its key."""
     if len(content) > MAX_TOKEN_BYTES:
         raise LimitError("token, bytes", limit=MAX_TOKEN_BYTES, found=len(content))
-    tagged = _Reader(content).whole()
-    match tagged:
-        case _Sign1([bytes() as protected, dict() as unprotected, bytes() as payload, bytes() as signature]):
-            pass
-        case _:
-            raise MalformedError("token: expected a tagged COSE_Sign1 of four parts")
-    _require(not unprotected, "unprotected header", "an empty map", unprotected)
-    _require(len(signature) == SIGNATURE_BYTES, "signature", f"{SIGNATURE_BYTES} bytes", len(signature))
-    header = _Reader(protected).whole()
-    match header:
-        case {1: -8, 4: bytes() as kid, **other} if not other and len(kid) == KID_BYTES:
-            pass
-        case _:
-            raise MalformedError(f"token: expected protected header {{1: -8, 4: kid}}, found {shown(header)}")
-    return _Envelope(protected, payload, signature), _claims(kid, _Reader(payload).whole())
+    if content[:_KID_BEGIN] != _BEFORE_KID or content[_KID_END:_PAYLOAD_BEGIN] != _AFTER_KID:
+        raise MalformedError(
+            "token: expected a tagged COSE_Sign1 with protected header {1: -8, 4: kid}"
+            f" and an empty unprotected one, found {shown(content[:_PAYLOAD_BEGIN])}"
+        )
+    reader = _Reader(content, _PAYLOAD_BEGIN)
+    payload, signature = reader.item(depth=1), reader.whole()
+    if not isinstance(payload, bytes):
+        raise MalformedError(f"token payload: expected a byte string, found {shown(payload)}")
+    if not isinstance(signature, bytes) or len(signature) != SIGNATURE_BYTES:
+        raise MalformedError(f"token signature: expected {SIGNATURE_BYTES} bytes, found {shown(signature)}")
+    kid = content[_KID_BEGIN:_KID_END]
+    return _Envelope(content[_PROTECTED_BEGIN:_KID_END], payload, signature), kid
 
 
 def _claims(kid: bytes, found: object) -> TokenClaims:
     if not isinstance(found, dict):
         raise MalformedError(f"token claims: expected a map, found {shown(found)}")
-    unknown = found.keys() - {1, 2, 3, 4, 5, 6, 7}
-    _require(not unknown, "claims", "numbers 1 to 7", unknown)
+    if unknown := found.keys() - _CLAIMS:
+        raise MalformedError(f"token claims: expected numbers 1 to 7, found {shown(unknown)}")
     _number(found.get(1), "claim 1 (version)", 1, 1)
     feature = _number(found.get(2), "claim 2 (feature)", 1, _U16)
     counter = _number(found.get(3), "claim 3 (counter)", 1, _U32)
     state = _number(found.get(4), "claim 4 (state)", 0, 1)
     link = _number(found.get(5, LINK_BOTH), "claim 5 (link)", LINK_VIN, LINK_BOTH)
-    _require(state == 1 or 6 not in found, "claim 6 (terms)", "none when state is 0", found.get(6))  # noqa: PLR2004
+    if state == 0 and 6 in found:  # noqa: PLR2004
+        raise MalformedError(f"token claim 6 (terms): expected none when state is 0, found {shown(found[6])}")
     terms = _terms(found[6]) if 6 in found else {}  # noqa: PLR2004
     parameters = _parameters(found[7]) if 7 in found else None  # noqa: PLR2004
     return TokenClaims(kid, feature, counter, state == 1, link, terms, parameters)
@@ -187,7 +212,7 @@ def _terms(found: object) -> dict[int, int | tuple[int, int]]:
     for key, value in found.items():
         if key == _TERM_ODOMETER:
             match value:
-                case [int() as from_m, int() as to_m] if 0 <= from_m < to_m:
+                case [int() as from_m, int() as to_m] if 0 <= from_m < to_m <= _U32:
                     terms[key] = (from_m, to_m)
                 case _:
                     raise MalformedError(f"token term 4: expected a range in metres, found {shown(value)}")
@@ -196,11 +221,6 @@ def _terms(found: object) -> dict[int, int | tuple[int, int]]:
         else:  # an unknown limit is not "no limit"
             raise MalformedError(f"token terms: expected numbers 1 to 8, found {shown(key)}")
     return terms
-
-
-def _require(condition: bool, what: str, expected: str, found: object) -> None:
-    if not condition:
-        raise MalformedError(f"token {what}: expected {expected}, found {shown(found)}")
 
 
 def _number(found: object, what: str, lowest: int, highest: int) -> int:
@@ -227,19 +247,48 @@ def _text(value: str) -> bytes:
     return _head(_TEXT, len(encoded)) + encoded
 
 
-class _Reader:
-    """Reads deterministic CBOR: integers, byte and text strings, arrays, maps and tag 18."""
+_SIGNATURE1 = b"\x84" + _text("Signature1")
+_EXTERNAL = b"\x83" + _text("openfod-token-v1")
 
-    def __init__(self, content: bytes) -> None:
+
+class _Reader:
+    """Reads deterministic CBOR: integers, byte and text strings, arrays and maps."""
+
+    def __init__(self, content: bytes, at: int = 0) -> None:
         self._content = content
-        self._at = 0
+        self._at = at
 
     def whole(self) -> object:
-        """Read the one item that the content consists of."""
-        value = self._item(0)
+        """Read the one item that the rest of the content consists of."""
+        value = self.item(0)
         if self._at != len(self._content):
             raise MalformedError(f"token: {len(self._content) - self._at} bytes after the end")
         return value
+
+    def item(self, depth: int) -> object:
+        """Read the next item; `depth` arrays and maps stand around it."""
+        if depth > MAX_DEPTH:
+            raise LimitError("token, depth of nesting", limit=MAX_DEPTH, found=depth)
+        if self._at >= len(self._content):
+            raise MalformedError("token: expected another item, found the end")
+        initial = self._content[self._at]
+        self._at += 1
+        major, argument = initial >> 5, initial & 0x1F
+        if argument >= 24:  # noqa: PLR2004 (RFC 8949 section 3)
+            argument = self._argument(argument)
+        if major == _UINT:
+            return argument
+        if major == _BYTES:
+            return self._take(argument)
+        if major == _MAP:
+            return self._map(argument, depth)
+        if major == _ARRAY:
+            return [self.item(depth + 1) for _ in range(argument)]
+        if major == _TEXT:
+            return self._decoded(self._take(argument))
+        if major == _NINT:
+            return -1 - argument
+        raise MalformedError("token: expected no tag, no simple value and no float")
 
     def _take(self, count: int) -> bytes:
         taken = self._content[self._at : self._at + count]
@@ -250,8 +299,6 @@ class _Reader:
 
     def _argument(self, short: int) -> int:
         """Read the argument of an item's head; only its shortest form (RFC 8949 section 4.2.1)."""
-        if short < 24:  # noqa: PLR2004
-            return short
         if short > 27:  # noqa: PLR2004
             raise MalformedError("token: reserved or indefinite length")
         size = 1 << (short - 24)
@@ -259,30 +306,6 @@ class _Reader:
         if value < (24 if size == 1 else 1 << (4 * size)):
             raise MalformedError(f"token: {value} is not in its shortest form")
         return value
-
-    def _item(self, depth: int) -> object:
-        if depth > MAX_DEPTH:
-            raise LimitError("token, depth of nesting", limit=MAX_DEPTH, found=depth)
-        initial = self._take(1)[0]
-        major = initial >> 5
-        if major > _TAG:
-            raise MalformedError("token: expected no simple value and no float")
-        argument = self._argument(initial & 0x1F)
-        if major == _UINT:
-            return argument
-        if major == _NINT:
-            return -1 - argument
-        if major == _BYTES:
-            return self._take(argument)
-        if major == _TEXT:
-            return self._decoded(self._take(argument))
-        if major == _ARRAY:
-            return [self._item(depth + 1) for _ in range(argument)]
-        if major == _MAP:
-            return self._map(argument, depth)
-        if argument != _TAG_SIGN1 or depth > 0:
-            raise MalformedError(f"token: expected tag {_TAG_SIGN1} around everything, found {argument}")
-        return _Sign1(self._item(depth + 1))
 
     def _decoded(self, raw: bytes) -> str:
         try:
@@ -295,9 +318,9 @@ class _Reader:
         previous = b""
         for _ in range(count):
             begin = self._at
-            key = self._item(depth + 1)
+            key = self.item(depth + 1)
             encoded = self._content[begin : self._at]
             if not isinstance(key, int | str | bytes) or encoded <= previous:
                 raise MalformedError("token: keys of a map are not in order, each once")
-            found[key], previous = self._item(depth + 1), encoded
+            found[key], previous = self.item(depth + 1), encoded
         return found

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from vectors import make_token_vectors as signer
 
@@ -47,20 +49,28 @@ class MemoryStore:
 
 
 def token(
-    counter: int, *, state: int = 1, terms: dict[int, int] | None = None, parameters: bytes | None = None
+    counter: int,
+    *,
+    state: int = 1,
+    terms: Mapping[int, int | list[int]] | None = None,
+    parameters: bytes | None = None,
 ) -> bytes:
     """A genuine token for feature 1 of the test's seat module."""
     claims: dict[int, object] = {1: 1, 2: 1, 3: counter, 4: state}
     if terms is not None:
-        claims[6] = terms
+        claims[6] = dict(terms)
     if parameters is not None:
         claims[7] = parameters
     return signer.sign1(signer.dumps(claims), signer.external(), signer.KEY_1)
 
 
-def seat_module(store: Store, *, features: frozenset[int] = frozenset({1}), epochs: int = 1) -> SeatModule:
-    """A seat module that knows the test's token keys."""
-    seat = SeatModule(IDENTITY, features=features, token_root=signer.ROOT.public, store=store, now_ns=0)
+def seat_module(
+    store: Store, *, features: frozenset[int] = frozenset({1}), epochs: int = 1, **sources: Any
+) -> SeatModule:
+    """A seat module that knows the test's token keys; `sources` are its terms, clock and odometer."""
+    seat = SeatModule(
+        IDENTITY, features=features, token_root=signer.ROOT.public, store=store, now_ns=0, **sources
+    )
     for epoch, key in list(enumerate((signer.KEY_1, signer.KEY_2), start=1))[:epochs]:
         seat.learn_key(signer.announcement(epoch, key))
     return seat

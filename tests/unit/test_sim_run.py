@@ -11,12 +11,13 @@ import can
 import pytest
 from support.sim_hub import receive, running_hub, wait_for
 from support.sim_process import SimProcess, write_scenario
-from support.sim_world import DATA, DATABASE, token
+from support.sim_world import DATA, DATABASE, EXTENDED, INSTALL, token
 from vectors import make_token_vectors as signer
 
 from common import config
 from firmware_sim import replay as sim_replay
 from firmware_sim.__main__ import main
+from firmware_sim.run import build
 from firmware_sim.scenario import Scenario
 
 FORGED = signer.sign1(signer.dumps(signer.COMMON), signer.external(), signer.FOREIGN)
@@ -114,6 +115,9 @@ def test_it_ends_cleanly(tmp_path: Path, how: str) -> None:
         ("0x7E0", "0x744", "used more than once"),
         ('do = "ignition on"', 'do = "ignition onn"', "timeline[0].do"),
         ('kind = "powertrain"', 'kind = "toaster"', "expected one of"),
+        ("features = [1]", "features = [1]\nterms = [9]", "terms[0]"),
+        ("features = [1]", 'features = [1]\nown = ["sundial"]', "expected one of clock, odometer"),
+        ('kind = "powertrain"', 'kind = "powertrain"\nown = ["clock"]', "nothing in 'own'"),
     ],
 )
 def test_a_wrong_scenario_names_the_key_and_exits_2(
@@ -135,6 +139,32 @@ def test_the_demo_scenario_is_valid_once_its_keys_are_made(tmp_path: Path) -> No
     scenario = config.parse(text.encode(), tmp_path / "scenario.toml", Scenario)
     assert scenario.vehicle.vin == signer.VIN
     assert scenario.ecu[0].request_id == 0x744
+
+
+@pytest.mark.parametrize(
+    ("profile", "term", "is_taken"),
+    [
+        ("", {1: 9}, False),
+        ("", {3: 9}, False),
+        ("", {3: 9, 5: 9}, True),
+        ('own = ["clock"]', {1: 9}, True),
+        ('own = ["clock"]', {3: 9}, False),
+        ('own = ["odometer"]', {3: 9}, True),
+        ('own = ["odometer"]', {1: 9}, False),
+        ("terms = [5, 6, 7, 8]", {3: 9, 5: 9}, False),
+        ("terms = [5, 6, 7, 8]", {5: 9}, True),
+    ],
+)
+def test_a_scenario_says_which_limits_the_ecu_takes_and_what_it_measures_itself(
+    tmp_path: Path, profile: str, term: dict[int, int | list[int]], is_taken: bool
+) -> None:
+    path = write_scenario(tmp_path)
+    path.write_text(path.read_text().replace("features = [1]", f"features = [1]\n{profile}"))
+    vehicle = build(config.read(path, Scenario), now_ns=0)
+    vehicle.request("seat-module", EXTENDED, 0)
+    answer = vehicle.request("seat-module", INSTALL + token(1, terms=term), 0)
+    assert answer is not None
+    assert answer[:3] == (bytes.fromhex("71010F") if is_taken else bytes.fromhex("7F3131"))
 
 
 def test_a_broken_state_file_is_not_begun_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

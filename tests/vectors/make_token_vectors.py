@@ -35,7 +35,11 @@ DESCRIPTION = [
     (
         "refused: the same inputs, with the negative response code (nrc) and the stage of the check that "
         "refuses: length, form (malformed; no key is needed to see it), signature, counter, or ecu (a valid "
-        "token with a limit that the simulated ECU does not implement). announcements may hold several."
+        "token with a limit that this ECU cannot take). announcements may hold several."
+    ),
+    (
+        "terms: limits that the ECU implements. own: what it measures by itself, of clock (terms 1 and 2) "
+        "and odometer (terms 3 and 4); what is missing there is advisory. No value of either is known yet."
     ),
     "stored: counter and sha256 of the token accepted last for the same feature.",
 ]
@@ -96,13 +100,29 @@ def stored(counter: int, content: bytes) -> dict[str, object]:
     return {"counter": counter, "sha256": sha256(content)}
 
 
-def inputs(name: str, token: bytes, remembered: object = None, *, epochs: int = 1) -> dict[str, object]:
+ALL_TERMS = (1, 2, 3, 4, 5, 6, 7, 8)
+OWN = ("clock", "odometer")
+
+
+def inputs(
+    name: str,
+    token: bytes,
+    remembered: object = None,
+    *,
+    epochs: int = 1,
+    vin: str = VIN,
+    uid: bytes = UID,
+    terms: tuple[int, ...] = ALL_TERMS,
+    own: tuple[str, ...] = (),
+) -> dict[str, object]:
     """The inputs that accepted and refused vectors have in common."""
     known = [announcement(1, KEY_1), announcement(2, KEY_2)][:epochs]
     return {
         "name": name,
-        "vin": VIN,
-        "uid": UID.hex(),
+        "vin": vin,
+        "uid": uid.hex(),
+        "terms": list(terms),
+        "own": list(own),
         "root_public": ROOT.public.hex(),
         "announcements": [a.hex() for a in known],
         "stored": remembered,
@@ -111,7 +131,15 @@ def inputs(name: str, token: bytes, remembered: object = None, *, epochs: int = 
 
 
 def accepted(
-    name: str, claims: dict[int, object], remembered: object = None, *, epochs: int = 1, outcome: str = "new"
+    name: str,
+    claims: dict[int, object],
+    remembered: object = None,
+    *,
+    epochs: int = 1,
+    outcome: str = "new",
+    vin: str = VIN,
+    uid: bytes = UID,
+    own: tuple[str, ...] = (),
 ) -> dict[str, object]:
     """An accepted token with what it says."""
     key = KEY_1 if epochs == 1 else KEY_2
@@ -126,7 +154,7 @@ def accepted(
     assert isinstance(state, int)
     response = bytes.fromhex("71010f0d") + feature.to_bytes(2) + bytes([state]) + counter.to_bytes(4)
     return {
-        **inputs(name, content, remembered, epochs=epochs),
+        **inputs(name, content, remembered, epochs=epochs, vin=vin, uid=uid, own=own),
         "key_public": key.public.hex(),
         "sha256": sha256(content),
         "outcome": outcome,
@@ -161,14 +189,133 @@ def accepted_vectors() -> list[dict[str, object]]:
         accepted("counter grows", COMMON, stored(6, older)),
         accepted("same counter, same bytes: a lost response", COMMON, stored(7, GOOD), outcome="repeated"),
         accepted("under the highest epoch", COMMON, epochs=2),
+        *term_vectors(),
+        *link_vectors(),
+    ]
+
+
+TERM_VALUES: dict[int, object] = {
+    1: 1_900_000_000,
+    2: 30,
+    3: 500_000,
+    4: [10_000_000, 20_000_000],
+    5: 200,
+    6: 360_000,
+    7: 50,
+    8: 120,
+}
+"""A usual value of each: year 2030, 30 days, 500 km, 10,000 to 20,000 km, 200 cycles, 100 h, 50, 120 km/h."""
+LARGEST: dict[int, object] = dict.fromkeys(ALL_TERMS, 0xFFFFFFFF) | {4: [0xFFFFFFFE, 0xFFFFFFFF]}
+
+
+def term_vectors() -> list[dict[str, object]]:
+    """Each term alone, each advisory one beside a lease, and the widest values."""
+
+    def limited(terms: dict[int, object]) -> dict[int, object]:
+        return {**COMMON, 6: terms}
+
+    zero: dict[int, object] = {1: 0, 2: 0, 3: 0, 4: [0, 1], 8: 0}
+    return [
+        *(accepted(f"term {n} alone", limited({n: v}), own=OWN) for n, v in TERM_VALUES.items()),
+        *(
+            accepted(f"term {n} from the bus beside ignition cycles", limited({n: TERM_VALUES[n], 5: 200}))
+            for n in (1, 2, 3, 4)
+        ),
+        accepted("terms 1 and 2 with an own clock", limited({1: 1_900_000_000, 2: 30}), own=("clock",)),
+        accepted("terms 3 and 4 with an own odometer", limited({3: 1, 4: [0, 9]}), own=("odometer",)),
+        accepted("all terms", limited(TERM_VALUES)),
+        accepted("all terms at their largest", limited(LARGEST)),
+        accepted("terms at their smallest", limited({**zero, 5: 1, 6: 1, 7: 1})),
+        accepted("all terms and parameters", {**limited(LARGEST), 7: bytes(range(32))}),
+    ]
+
+
+def link_vectors() -> list[dict[str, object]]:
+    """What each link leaves open."""
+    return [
+        accepted("linked to the VIN only: any uid", {**COMMON, 5: 1}, uid=OTHER_UID),
+        accepted("linked to the ECU uid only: any VIN", {**COMMON, 5: 2}, vin=OTHER_VIN),
+        accepted("state 0, linked to the VIN only", {1: 1, 2: 1, 3: 8, 4: 0, 5: 1}, stored(7, GOOD)),
+        accepted("state 0, linked to the ECU uid only", {1: 1, 2: 1, 3: 8, 4: 0, 5: 2}, stored(7, GOOD)),
+        accepted("another link with the next counter", {**COMMON, 3: 8, 5: 1}, stored(7, GOOD)),
     ]
 
 
 def refused(
-    name: str, token: bytes, nrc: int, stage: str, remembered: object = None, *, epochs: int = 1
+    name: str,
+    token: bytes,
+    nrc: int,
+    stage: str,
+    remembered: object = None,
+    *,
+    epochs: int = 1,
+    terms: tuple[int, ...] = ALL_TERMS,
+    own: tuple[str, ...] = (),
 ) -> dict[str, object]:
     """A token that an ECU must refuse."""
-    return {**inputs(name, token, remembered, epochs=epochs), "nrc": nrc, "stage": stage}
+    common = inputs(name, token, remembered, epochs=epochs, terms=terms, own=own)
+    return {**common, "nrc": nrc, "stage": stage}
+
+
+def limit_vectors() -> list[dict[str, object]]:
+    """Genuine tokens with a limit that this ECU cannot take: an unknown limit is not "no limit"."""
+
+    def token(terms: dict[int, object]) -> bytes:
+        return signed(dumps({**COMMON, 6: terms}))
+
+    everything = token(TERM_VALUES)
+    return [
+        *(
+            refused(
+                f"term {n} is not implemented",
+                token({n: TERM_VALUES[n]}),
+                0x31,
+                "ecu",
+                terms=tuple(t for t in ALL_TERMS if t != n),
+                own=OWN,
+            )
+            for n in ALL_TERMS
+        ),
+        refused(
+            "all terms, of which only 5 to 8 are implemented", everything, 0x31, "ecu", terms=(5, 6, 7, 8)
+        ),
+        *(
+            refused(f"term {n} alone, known from the bus only", token({n: TERM_VALUES[n]}), 0x31, "ecu")
+            for n in (1, 2, 3, 4)
+        ),
+        refused(
+            "dates from the bus with an own odometer", token({1: 1, 3: 1}), 0x31, "ecu", own=("odometer",)
+        ),
+        refused("distances from the bus with an own clock", token({1: 1, 3: 1}), 0x31, "ecu", own=("clock",)),
+        refused("a speed limit bounds nothing", token({1: 1_900_000_000, 8: 120}), 0x31, "ecu"),
+    ]
+
+
+def range_vectors() -> dict[str, bytes]:
+    """Terms of a wrong form."""
+
+    def token(terms: object) -> bytes:
+        return signed(dumps({**COMMON, 6: terms}))
+
+    head = dumps({**COMMON, 6: {}})[:-1]
+    return {
+        **{
+            f"term {n} above 32 bits": token({n: 1 << 32} if n != 4 else {4: [0, 1 << 32]}) for n in ALL_TERMS
+        },
+        **{f"term {n} is negative": token({n: -1} if n != 4 else {4: [-1, 5]}) for n in ALL_TERMS},
+        **{f"term {n} of 0": token({n: 0}) for n in (5, 6, 7)},
+        "odometer range of one value": token({4: [1]}),
+        "odometer range of three values": token({4: [1, 2, 3]}),
+        "odometer range as a number": token({4: 1}),
+        "odometer range that is empty": token({4: [5, 5]}),
+        "odometer range backwards": token({4: [6, 5]}),
+        "ignition cycles as a range": token({5: [1, 2]}),
+        "terms are an array": token([5, 200]),
+        "terms in another order": signed(head + bytes.fromhex("a206010501")),
+        "a term twice": signed(head + bytes.fromhex("a205010502")),
+        "term number in text": token({"5": 200}),
+        "nine terms": token({**TERM_VALUES, 9: 1}),
+    }
 
 
 def signed(payload: bytes) -> bytes:
@@ -196,6 +343,8 @@ def form_vectors() -> list[dict[str, object]]:
         "entry in the unprotected header": dumps(
             cbor2.CBORTag(18, [header, {4: KEY_1.kid}, payload, signature])
         ),
+        "unprotected header is an array": GOOD[:16] + b"\x80" + GOOD[17:],
+        "unprotected header is null": GOOD[:16] + b"\xf6" + GOOD[17:],
         "signature of 63 bytes": dumps(cbor2.CBORTag(18, [header, {}, payload, signature[:-1]])),
         "payload is null": dumps(cbor2.CBORTag(18, [header, {}, None, signature])),
         "three entries": dumps(cbor2.CBORTag(18, [header, payload, signature])),
@@ -229,6 +378,9 @@ def form_vectors() -> list[dict[str, object]]:
         "ignition cycles as text": signed(dumps({**COMMON, 6: {5: "200"}})),
         "parameters are empty": signed(dumps({**COMMON, 7: b""})),
         "parameters of 33 bytes": signed(dumps({**COMMON, 7: bytes(33)})),
+        "parameters as text": signed(dumps({**COMMON, 7: "on"})),
+        "an announcement is no token": announcement(1, KEY_1),
+        **range_vectors(),
     }
     return [refused(name, token, 0x31, "form") for name, token in cases.items()]
 
@@ -239,17 +391,41 @@ def refused_vectors() -> list[dict[str, object]]:
     flipped = GOOD[:-1] + bytes([GOOD[-1] ^ 1])
     other_bytes = sign1(dumps({**COMMON, 6: {5: 201}}), external(), KEY_1)
     two_keys = dumps({1: -8, 4: KEY_1.kid})
-    not_allowed_here = sign1(dumps({**COMMON, 6: {1: 4_000_000_000, 5: 200}}), external(), KEY_1)
+    vin_only, uid_only = dumps({**COMMON, 5: 1}), dumps({**COMMON, 5: 2})
+    burn = dumps({1: 1, 2: 1, 3: 6, 4: 0})
     return [
         refused("empty", b"", 0x13, "length"),
         refused("257 bytes", GOOD + bytes(257 - len(GOOD)), 0x13, "length"),
         *form_vectors(),
-        refused("term 1 (not after): no authenticated clock", not_allowed_here, 0x31, "ecu"),
+        *limit_vectors(),
         refused(
             "made for another VIN", sign1(dumps(COMMON), external(vin=OTHER_VIN), KEY_1), 0x33, "signature"
         ),
         refused(
             "made for another uid", sign1(dumps(COMMON), external(uid=OTHER_UID), KEY_1), 0x33, "signature"
+        ),
+        refused(
+            "linked to the VIN only, of another VIN",
+            sign1(vin_only, external(1, vin=OTHER_VIN), KEY_1),
+            0x33,
+            "signature",
+        ),
+        refused(
+            "linked to the ECU uid only, of another uid",
+            sign1(uid_only, external(2, uid=OTHER_UID), KEY_1),
+            0x33,
+            "signature",
+        ),
+        refused("uid link claimed as VIN", sign1(vin_only, external(2), KEY_1), 0x33, "signature"),
+        refused("both claimed as VIN", sign1(vin_only, external(3), KEY_1), 0x33, "signature"),
+        refused(
+            "signed as if it were an announcement",
+            sign1(dumps(COMMON), ["openfod-token-key-v1"], KEY_1),
+            0x33,
+            "signature",
+        ),
+        refused(
+            "of an epoch that was not announced", sign1(dumps(COMMON), external(), KEY_2), 0x33, "signature"
         ),
         refused(
             "VIN link claimed as both", sign1(dumps({**COMMON, 5: 3}), external(1), KEY_1), 0x33, "signature"
@@ -271,6 +447,8 @@ def refused_vectors() -> list[dict[str, object]]:
         refused("forged, with an old counter", flipped, 0x33, "signature", stored(9, b"newer")),
         refused("counter older", GOOD, 0x24, "counter", stored(8, b"newer")),
         refused("same counter, other bytes", GOOD, 0x24, "counter", stored(7, other_bytes)),
+        refused("state 0 with an older counter", signed(burn), 0x24, "counter", stored(7, GOOD)),
+        refused("older than the highest counter", GOOD, 0x24, "counter", stored(0xFFFFFFFF, b"newest")),
     ]
 
 
@@ -288,7 +466,16 @@ def announcement_vectors() -> list[dict[str, object]]:
             "public": key.public.hex() if key is not None and nrc is None else None,
         }
 
+    def body(payload: object) -> bytes:
+        return sign1(dumps(payload), ["openfod-token-key-v1"], ROOT)
+
     trailing = dumps({1: 1, 2: KEY_1.public}) + b"\x00"
+    header = dumps({1: -8, 4: ROOT.kid})
+    forged = sign1(dumps({1: 3, 2: FOREIGN.public}), ["openfod-token-key-v1"], FOREIGN, protected=header)
+    other_kid = sign1(
+        dumps({1: 3, 2: KEY_2.public}), ["openfod-token-key-v1"], ROOT, protected=dumps({1: -8, 4: KEY_1.kid})
+    )
+    tampered = announcement(3, KEY_2).replace(KEY_2.public, FOREIGN.public)
     return [
         entry("first epoch", announcement(1, KEY_1), None, 1, KEY_1),
         entry("the same again", announcement(1, KEY_1), None, 1, KEY_1),
@@ -296,11 +483,24 @@ def announcement_vectors() -> list[dict[str, object]]:
         entry("known older epoch again", announcement(1, KEY_1), None, 1, KEY_1),
         entry("known epoch with another key", announcement(2, FOREIGN), 0x24),
         entry("not signed by the root", announcement(3, FOREIGN, FOREIGN), 0x33),
+        entry("signed by another key under the root's kid", forged, 0x33),
+        entry("signed by the root under another kid", other_kid, 0x33),
+        entry("signed by a token key", announcement(3, FOREIGN, KEY_2), 0x33),
+        entry("key tampered", tampered, 0x33),
+        entry("signed as if it were a token", sign1(dumps({1: 3, 2: KEY_2.public}), external(), ROOT), 0x33),
         entry("epoch 0", announcement(0, FOREIGN), 0x31),
+        entry("epoch above 32 bits", announcement(1 << 32, FOREIGN), 0x31),
+        entry("epoch as text", body({1: "3", 2: FOREIGN.public}), 0x31),
+        entry("key of 31 bytes", body({1: 3, 2: FOREIGN.public[:-1]}), 0x31),
+        entry("key of 33 bytes", body({1: 3, 2: FOREIGN.public + b"\x00"}), 0x31),
+        entry("key is missing", body({1: 3}), 0x31),
+        entry("an entry too many", body({1: 3, 2: FOREIGN.public, 3: 1}), 0x31),
         entry("byte after the payload", sign1(trailing, ["openfod-token-key-v1"], ROOT), 0x31),
         entry("a token is no announcement", GOOD, 0x31),
         entry("empty", b"", 0x13),
         entry("257 bytes", bytes(257), 0x13),
+        entry("an epoch is left out", announcement(5, KEY_1), None, 5, KEY_1),
+        entry("an epoch between, later", announcement(4, FOREIGN), None, 4, FOREIGN),
     ]
 
 

@@ -36,7 +36,7 @@ def test_an_accepted_token_is_read_and_verified(vector: dict[str, Any]) -> None:
     assert claims.counter == said["counter"]
     assert claims.allows == bool(said["state"])
     assert claims.link == said["link"]
-    assert {str(number): value for number, value in claims.terms.items()} == said["terms"]
+    assert json.loads(json.dumps(claims.terms)) == said["terms"]
     assert (claims.parameters.hex() if claims.parameters else None) == said["parameters"]
     assert hashlib.sha256(content).hexdigest() == vector["sha256"]
 
