@@ -7,6 +7,7 @@ import asyncio
 import re
 import sys
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 
 from cloud import client, config, server
@@ -47,7 +48,49 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--config", type=Path, required=True, metavar="FILE")
     serve.set_defaults(command=None)
 
-    vehicle = commands.add_parser("vehicle", help="register and list vehicles")
+    _add_vehicle_commands(commands)
+
+    grant = _command(commands, "grant", "grant a vehicle the right of a plan", client.grant)
+    grant.add_argument("vin", metavar="VIN")
+    grant.add_argument("plan", metavar="PLAN")
+    grant.add_argument("--account", required=True, metavar="ACC", help="billing account, such as acc-4711")
+    grant.add_argument("--wait", action="store_true", help="wait until the vehicle reports it active")
+
+    revoke = _command(commands, "revoke", "end a right", client.revoke)
+    revoke.add_argument("vin", metavar="VIN")
+    revoke.add_argument("entitlement", metavar="ENTITLEMENT")
+    revoke.add_argument("--reason", required=True, help="why, for the audit log and the driver")
+
+    export = _command(commands, "export-bundle", "write a vehicle's rights to a file", client.export_bundle)
+    export.add_argument("vin", metavar="VIN")
+    export.add_argument("--out", type=Path, required=True, metavar="FILE")
+    export.add_argument("--force", action="store_true", help="replace the file")
+
+    restore = _command(
+        commands, "confirm-restore", "confirm that the database was restored", client.confirm_restore
+    )
+    restore.add_argument(
+        "--backup-time", type=_moment, required=True, metavar="ISO", help="such as 2026-03-31T12:00:00Z"
+    )
+    restore.add_argument("--reason", required=True, help="why, for the audit log")
+
+    audit = _command(commands, "audit", "list the audit log", client.list_audit)
+    audit.add_argument("--vin", default="", metavar="VIN", help="only of this vehicle")
+    audit.add_argument("--alarms", action="store_true", help="only what a person should look at")
+
+    reading: list[tuple[str, str, Callable[[client.Stub, argparse.Namespace], int]]] = [
+        ("entitlements", "list a vehicle's rights", client.list_entitlements),
+        ("watch", "follow what a vehicle's features report", client.watch),
+        ("usage", "list a vehicle's usage", client.list_usage),
+        ("invoice", "show what a vehicle's accounts owe", client.invoice),
+    ]
+    for name, text, command in reading:
+        _command(commands, name, text, command).add_argument("vin", metavar="VIN")
+    return parser
+
+
+def _add_vehicle_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    vehicle = commands.add_parser("vehicle", help="register vehicles, and what changes with them")
     vehicle_commands = vehicle.add_subparsers(required=True, metavar="COMMAND")
     add = _command(vehicle_commands, "add", "register a vehicle", client.add_vehicle)
     add.add_argument("vin", metavar="VIN")
@@ -61,26 +104,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     _command(vehicle_commands, "list", "list the vehicles", client.list_vehicles)
 
-    grant = _command(commands, "grant", "grant a vehicle the right of a plan", client.grant)
-    grant.add_argument("vin", metavar="VIN")
-    grant.add_argument("plan", metavar="PLAN")
-    grant.add_argument("--account", required=True, metavar="ACC", help="billing account, such as acc-4711")
-    grant.add_argument("--wait", action="store_true", help="wait until the vehicle reports it active")
+    claim = _command(vehicle_commands, "claim", "let a vehicle enrol once more", client.claim)
+    claim.add_argument("vin", metavar="VIN")
+    claim.add_argument("--reason", required=True, help="why, for the audit log")
 
-    revoke = _command(commands, "revoke", "end a right", client.revoke)
-    revoke.add_argument("vin", metavar="VIN")
-    revoke.add_argument("entitlement", metavar="ENTITLEMENT")
-    revoke.add_argument("--reason", required=True, help="why, for the audit log and the driver")
+    block = _command(vehicle_commands, "block", "end a vehicle's certificate at once", client.block)
+    block.add_argument("vin", metavar="VIN")
+    block.add_argument("--reason", required=True, help="why, for the audit log")
 
-    reading: list[tuple[str, str, Callable[[client.Stub, argparse.Namespace], int]]] = [
-        ("entitlements", "list a vehicle's rights", client.list_entitlements),
-        ("watch", "follow what a vehicle's features report", client.watch),
-        ("usage", "list a vehicle's usage", client.list_usage),
-        ("invoice", "show what a vehicle's accounts owe", client.invoice),
-    ]
-    for name, text, command in reading:
-        _command(commands, name, text, command).add_argument("vin", metavar="VIN")
-    return parser
+    rebind = _command(vehicle_commands, "rebind", "bind the rights to a replaced ECU", client.rebind)
+    rebind.add_argument("vin", metavar="VIN")
+    rebind.add_argument("ecu", metavar="ECU", help="identifier, such as seat-module")
+    rebind.add_argument("old_uid", type=_uid, metavar="OLD_UID", help="of the ECU that was taken out, hex")
+    rebind.add_argument("new_uid", type=_uid, metavar="NEW_UID", help="of the ECU that was put in, hex")
+    rebind.add_argument("--reason", required=True, help="why, for the audit log")
+
+    transfer = vehicle_commands.add_parser("transfer", help="sell a vehicle")
+    transfer_commands = transfer.add_subparsers(required=True, metavar="COMMAND")
+    begin = _command(transfer_commands, "begin", "make the present owner's code", client.begin_transfer)
+    begin.add_argument("vin", metavar="VIN")
+    complete = _command(
+        transfer_commands, "complete", "hand over with the owner's code", client.complete_transfer
+    )
+    complete.add_argument("vin", metavar="VIN")
+    complete.add_argument("--code", required=True, metavar="CODE", help="as the present owner gave it away")
+    complete.add_argument("--account", required=True, metavar="ACC", help="the new owner's billing account")
 
 
 def _command(
@@ -105,6 +153,22 @@ def _ecu(text: str) -> operator_service_pb2.Ecu:
     return operator_service_pb2.Ecu(
         ecu_identifier=match[1], hardware_id=match[2], ecu_uid=bytes.fromhex(match[3])
     )
+
+
+def _moment(text: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a time such as 2026-03-31T12:00:00Z: {error}") from error
+    if moment.tzinfo is None:
+        raise argparse.ArgumentTypeError(f"{text} has no time zone; append Z for UTC")
+    return moment
+
+
+def _uid(text: str) -> bytes:
+    if not re.fullmatch(r"[0-9a-fA-F]{32}", text):
+        raise argparse.ArgumentTypeError(f"expected a uid in 32 hex digits; found {text!r}")
+    return bytes.fromhex(text)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from tuf.api.serialization import DeserializationError
 from tuf.api.serialization.json import JSONSerializer
 
 from cloud.errors import StartError
-from cloud.keyring import OnlineKeys
+from cloud.keyring import OnlineKeys, is_signed_by
 from cloud.model import HEAD_UNIT, Release
 
 FRESH_LIFETIME = timedelta(days=7)
@@ -129,9 +129,13 @@ def sign_fresh(catalogue: Catalogue, keys: OnlineKeys, previous: Fresh | None, n
     )
 
 
-def needs_fresh(catalogue: Catalogue, previous: Fresh | None, now_ms: int) -> bool:
-    """True if snapshot and timestamp are missing, about to expire or of older targets."""
+def needs_fresh(catalogue: Catalogue, keys: OnlineKeys, previous: Fresh | None, now_ms: int) -> bool:
+    """True if snapshot and timestamp are missing, about to expire, of older targets or of retired keys."""
     if previous is None or previous.targets_version != catalogue.targets_version:
+        return True
+    if not (
+        is_signed_by(previous.snapshot, keys.snapshot) and is_signed_by(previous.timestamp, keys.timestamp)
+    ):
         return True
     return previous.expires_ms - now_ms < FRESH_RENEW_BELOW // timedelta(milliseconds=1)
 

@@ -31,6 +31,12 @@ class Changes:
         for event in self._watchers.get((topic, vin), ()):
             event.set()
 
+    def notify_all(self, topic: Topic) -> None:
+        """Wakes everyone who watches this topic of any vehicle."""
+        for watched, vin in list(self._watchers):
+            if watched is topic:
+                self.notify(topic, vin)
+
     @contextmanager
     def watch(self, topic: Topic, vin: str) -> Iterator[asyncio.Event]:
         """An event that is set at each change; whoever waits clears it before reading."""

@@ -7,6 +7,8 @@ operator's certificate do.
 from __future__ import annotations
 
 import argparse
+import os
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable
@@ -44,7 +46,7 @@ _UNITS = {
 _NEXT_STEPS = {
     grpc.StatusCode.UNAVAILABLE: "is fod-cloud serve running, and does operator.root_ca fit its certificate?",
     grpc.StatusCode.DEADLINE_EXCEEDED: "the server did not answer in time; try again",
-    grpc.StatusCode.PERMISSION_DENIED: "use a certificate that the enrolment CA issued to an operator",
+    grpc.StatusCode.PERMISSION_DENIED: "use an operator certificate of the enrolment CA that has the role",
 }
 
 
@@ -104,17 +106,150 @@ def list_vehicles(stub: Stub, arguments: argparse.Namespace) -> int:
     if arguments.json:
         return _json(answer)
     cli.print_table(
-        ["VIN", "source", "enrolled", "connected", "last update", "ECUs"],
+        ["VIN", "source", "owner", "enrolled", "connected", "last update", "ECUs", "findings"],
         [
             (
                 v.vin,
                 v.source,
-                _time(v.enrolled_ms),
+                v.owner_epoch,
+                f"blocked {_time(v.blocked_ms)}" if v.blocked_ms else _time(v.enrolled_ms),
                 "yes" if v.connected else "no",
                 _update(v.last_update) if v.HasField("last_update") else "-",
                 ", ".join(f"{e.ecu_identifier} ({e.hardware_id})" for e in v.ecus) or "-",
+                "; ".join(v.findings) or "-",
             )
             for v in answer.vehicles
+        ],
+    )
+    return cli.EXIT_DONE
+
+
+def claim(stub: Stub, arguments: argparse.Namespace) -> int:
+    """Makes a claim for a second enrolment and shows it once."""
+    request = pb.CreateClaimRequest(vin=arguments.vin, reason=arguments.reason, request_id=str(uuid.uuid4()))
+    answer = stub.CreateClaim(request, timeout=CALL_TIMEOUT_S)
+    if arguments.json:
+        return _json(answer)
+    print(f"the certificate that {arguments.vin} has now ends when it enrols with this")
+    print(f"claim token, shown only now, valid until {_time(answer.claim_expires_ms)}:")
+    print(answer.claim_token)
+    return cli.EXIT_DONE
+
+
+def block(stub: Stub, arguments: argparse.Namespace) -> int:
+    """Ends a vehicle's certificate and its stream."""
+    request = pb.BlockVehicleRequest(vin=arguments.vin, reason=arguments.reason, request_id=str(uuid.uuid4()))
+    answer = stub.BlockVehicle(request, timeout=CALL_TIMEOUT_S)
+    if arguments.json:
+        return _json(answer)
+    print(f"blocked {arguments.vin}; its rights go on by their own terms")
+    print(f"let it in again with: fod-cloud vehicle claim {arguments.vin}, and a new enrolment")
+    return cli.EXIT_DONE
+
+
+def rebind(stub: Stub, arguments: argparse.Namespace) -> int:
+    """Binds a vehicle's rights to a replaced ECU."""
+    request = pb.RebindEcuRequest(
+        vin=arguments.vin,
+        ecu_identifier=arguments.ecu,
+        old_uid=arguments.old_uid,
+        new_uid=arguments.new_uid,
+        reason=arguments.reason,
+        request_id=str(uuid.uuid4()),
+    )
+    answer = stub.RebindEcu(request, timeout=CALL_TIMEOUT_S)
+    if arguments.json:
+        return _json(answer)
+    print(f"{arguments.ecu} of {arguments.vin} is now {arguments.new_uid.hex()}, version {answer.version}")
+    if answer.burning_tokens:
+        print("tokens that switch the features off for ever on the ECU that was taken out, in hex:")
+    for content in answer.burning_tokens:
+        print(content.hex())
+    return cli.EXIT_DONE
+
+
+def begin_transfer(stub: Stub, arguments: argparse.Namespace) -> int:
+    """Begins a sale and shows the owner's code once."""
+    request = pb.BeginTransferRequest(vin=arguments.vin, request_id=str(uuid.uuid4()))
+    answer = stub.BeginTransfer(request, timeout=CALL_TIMEOUT_S)
+    if arguments.json:
+        return _json(answer)
+    print("give this to the present owner, and to nobody else; whoever has it can complete the sale")
+    print(f"transfer code, shown only now, valid until {_time(answer.expires_ms)}:")
+    print(answer.transfer_code)
+    return cli.EXIT_DONE
+
+
+def complete_transfer(stub: Stub, arguments: argparse.Namespace) -> int:
+    """Completes a sale with the owner's code."""
+    request = pb.CompleteTransferRequest(
+        vin=arguments.vin,
+        transfer_code=arguments.code,
+        account=arguments.account,
+        request_id=str(uuid.uuid4()),
+    )
+    answer = stub.CompleteTransfer(request, timeout=CALL_TIMEOUT_S)
+    if arguments.json:
+        return _json(answer)
+    print(f"sold {arguments.vin} to {arguments.account}, its owner {answer.owner_epoch}")
+    cli.print_table(
+        ["right", "feature", "plan", "now"],
+        [
+            (
+                r.entitlement.entitlement_id,
+                r.entitlement.feature_id,
+                f"{r.entitlement.plan_id} v{r.entitlement.plan_version}",
+                word,
+            )
+            for word, records in (("stays with the vehicle", answer.kept), ("ended", answer.ended))
+            for r in records
+        ],
+    )
+    return cli.EXIT_DONE
+
+
+def export_bundle(stub: Stub, arguments: argparse.Namespace) -> int:
+    """Writes all rights of a vehicle into a file that only its owner can read."""
+    if arguments.out.exists() and not arguments.force:
+        return cli.fail(f"{arguments.out} exists; replace it with --force")
+    answer = stub.ExportBundle(pb.ExportBundleRequest(vin=arguments.vin), timeout=CALL_TIMEOUT_S)
+    try:
+        _write_private(arguments.out, answer.bundle)
+    except OSError as error:
+        return cli.fail(f"{arguments.out}: cannot be written: {error.strerror}")
+    if arguments.json:
+        return _dump(
+            {"file": str(arguments.out), "bytes": len(answer.bundle), "expires_ms": answer.expires_ms}
+        )
+    print(f"wrote {arguments.out}: {len(answer.bundle)} bytes, good until {_time(answer.expires_ms)}")
+    print(f"on the vehicle: fod-agent import {arguments.out.name}")
+    return cli.EXIT_DONE
+
+
+def confirm_restore(stub: Stub, arguments: argparse.Namespace) -> int:
+    """Confirms that the cloud's database was restored from a backup."""
+    request = pb.ConfirmRestoreRequest(
+        backup_ms=int(arguments.backup_time.timestamp() * 1000),
+        reason=arguments.reason,
+        request_id=str(uuid.uuid4()),
+    )
+    answer = stub.ConfirmRestore(request, timeout=CALL_TIMEOUT_S)
+    if arguments.json:
+        return _json(answer)
+    print(f"confirmed; until {_time(answer.until_ms)} versions move past what vehicles report")
+    return cli.EXIT_DONE
+
+
+def list_audit(stub: Stub, arguments: argparse.Namespace) -> int:
+    """Lists the audit log."""
+    entries = list(_audit(stub, arguments.vin, alarms_only=arguments.alarms))
+    if arguments.json:
+        return _dump([_plain(entry) for entry in entries])
+    cli.print_table(
+        ["when", "who", "what", "VIN", "alarm", "facts"],
+        [
+            (_time(e.at_ms), e.actor, e.action, e.vin or "-", "ALARM" if e.alarm else "-", e.detail)
+            for e in entries
         ],
     )
     return cli.EXIT_DONE
@@ -307,6 +442,35 @@ def _usage(stub: Stub, vin: str) -> Iterable[usage_pb2.UsageRecord]:
         token = page.next_page_token
         if not token:
             return
+
+
+def _audit(stub: Stub, vin: str, *, alarms_only: bool) -> Iterable[pb.AuditEntry]:
+    token = ""
+    while True:
+        request = pb.ListAuditRequest(vin=vin, alarms_only=alarms_only, page_token=token)
+        page = stub.ListAudit(request, timeout=CALL_TIMEOUT_S)
+        yield from page.entries
+        token = page.next_page_token
+        if not token:
+            return
+
+
+def _write_private(path: Path, content: bytes) -> None:
+    """Writes a file with mode 0600, whole or not at all, also if the power fails."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            Path(file.name).replace(path)
+        except OSError:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _time(ms: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from datetime import datetime
 from pathlib import Path
 
 import sqlalchemy
@@ -12,6 +13,8 @@ from sqlalchemy.exc import ArgumentError
 from common import config
 from common.config import option
 
+MAX_TLS_ANCHORS = 8
+"""Most certificates by which a vehicle knows the cloud's servers."""
 _ENDPOINT = r"[^\s:/]+:[0-9]{1,5}"
 
 
@@ -70,10 +73,11 @@ class Director:
 
 @dataclass(frozen=True)
 class Token:
-    """Table [token]."""
+    """Table [token]; `announcement` is the key's, as the offline token root signed it."""
 
     key: Path = option()
     epoch: int = option(minimum=1, maximum=4_294_967_295)
+    announcement: Path | None = option(default=None)
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,64 @@ class Enrolment:
     ca_certificate: Path = option()
     ca_key: Path = option()
     claim_ttl_s: int = option(default=3600, minimum=60, maximum=604_800)
+
+
+@dataclass(frozen=True)
+class Ownership:
+    """Table [ownership]: bounds of what changes hands."""
+
+    transfer_ttl_s: int = option(default=604_800, minimum=3_600, maximum=7_776_000)
+    rebinds_per_year: int = option(default=2, minimum=0, maximum=100)
+
+
+@dataclass(frozen=True)
+class Signer:
+    """Table [signer]: most that operators may have signed for the whole fleet in one hour.
+
+    An alarm comes at 80 %. Renewals and answers to nonces are never held back.
+    """
+
+    new_rights_per_hour: int = option(default=1_000, minimum=1, maximum=10_000_000)
+    revocations_per_hour: int = option(default=1_000, minimum=1, maximum=10_000_000)
+
+
+@dataclass(frozen=True)
+class TlsAnchor:
+    """A table [[tls.anchors]]: a server's certificate and its validity, which the director signs."""
+
+    certificate: Path
+    not_before: str
+    not_after: str
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Times that are none, or in the wrong order."""
+        times = []
+        for key in ("not_before", "not_after"):
+            try:
+                times.append(moment_ms(getattr(self, key)))
+            except ValueError:
+                yield key, f"expected a time such as 2026-03-31T12:00:00Z, found {getattr(self, key)!r:.60}"
+        if len(times) == len(("not_before", "not_after")) and not 0 <= times[0] < times[1]:
+            yield "not_after", "must be later than not_before"
+
+
+@dataclass(frozen=True)
+class Tls:
+    """Table [tls]: how vehicles know the cloud's servers; without anchors, by the CA of their image."""
+
+    anchors: tuple[TlsAnchor, ...] = ()
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """More anchors than a vehicle takes."""
+        if len(self.anchors) > MAX_TLS_ANCHORS:
+            yield "anchors", f"expected at most {MAX_TLS_ANCHORS}, found {len(self.anchors)}"
+
+
+@dataclass(frozen=True)
+class Restore:
+    """Table [restore]: how long after a confirmed restore versions may move past what vehicles report."""
+
+    window_days: int = option(default=30, minimum=1, maximum=365)
 
 
 @dataclass(frozen=True)
@@ -113,6 +175,10 @@ class _File:
     receipt: Receipt
     enrolment: Enrolment
     plans: Path = option()
+    ownership: Ownership = field(default_factory=Ownership)
+    restore: Restore = field(default_factory=Restore)
+    signer: Signer = field(default_factory=Signer)
+    tls: Tls = field(default_factory=Tls)
     log: Log = field(default_factory=Log)
 
 
@@ -166,6 +232,18 @@ def database_url(path: Path, store: Store) -> sqlalchemy.URL:
     if url.get_backend_name() == "sqlite":
         url = url.set(database=str(path.resolve().parent / str(url.database)))
     return url
+
+
+def moment_ms(text: str) -> int:
+    """Unix milliseconds of an ISO 8601 time with its zone.
+
+    Raises:
+        ValueError: it is none.
+    """
+    moment = datetime.fromisoformat(text)
+    if moment.tzinfo is None:
+        raise ValueError(f"{text} has no time zone")
+    return int(moment.timestamp() * 1000)
 
 
 def _missing(key: str, path: Path) -> Iterator[tuple[str, str]]:

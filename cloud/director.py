@@ -20,12 +20,16 @@ from openfod.entitlement.v1 import entitlement_pb2
 
 ENTITLEMENTS_PATH = "entitlements.pb"
 """Target path of the vehicle's rights."""
+TLS_PATH = "tls.json"
+"""Target path of the certificates by which vehicles know the cloud's servers."""
 SET_LIFETIME = timedelta(days=30)
 """Validity of targets and snapshot."""
 SET_RENEW_BELOW = timedelta(days=15)
 """Remaining validity below which they are signed again."""
 TIMESTAMP_LIFETIME = timedelta(days=1)
-"""Validity of a timestamp."""
+"""Validity of a timestamp that answers a nonce."""
+OFFLINE_LIFETIME = timedelta(days=7)
+"""Validity of a timestamp that is made for a file."""
 NONCE_BYTES = 16
 """Length of a vehicle's nonce."""
 
@@ -62,9 +66,18 @@ def token_path(ecu_identifier: str, feature_id: str) -> str:
     return f"tokens/{ecu_identifier}/{feature_id}.cose"
 
 
-def entitlements(vin: str, version: int, rights: Iterable[entitlement_pb2.Entitlement]) -> Item:
+def token_key_path(epoch: int) -> str:
+    """Target path of the announcement of the key that signed the newest tokens."""
+    return f"token-keys/{epoch}.cose"
+
+
+def entitlements(
+    vin: str, version: int, owner_epoch: int, rights: Iterable[entitlement_pb2.Entitlement]
+) -> Item:
     """Serialises a vehicle's rights."""
-    content = entitlement_pb2.VehicleEntitlements(vin=vin, version=version, entitlements=rights)
+    content = entitlement_pb2.VehicleEntitlements(
+        vin=vin, version=version, owner_epoch=owner_epoch, entitlements=rights
+    )
     return Item(ENTITLEMENTS_PATH, content.SerializeToString(deterministic=True))
 
 
@@ -119,16 +132,19 @@ def sign_timestamp(
         version: one higher than the last that was signed for this vehicle.
         set_version: version of `snapshot`.
         nonce: 16 bytes that the vehicle sent and nothing has answered yet;
-            None for a file that is made without a vehicle.
+            None for a file that is made without a vehicle: it is signed as
+            offline, so that it never counts as a live answer.
         now_ms: Unix milliseconds; signed as the time.
     """
     extra: dict[str, object] = {"vin": vin, "time_ms": now_ms}
-    if nonce is not None:
+    if nonce is None:
+        extra["offline"] = True
+    else:
         extra["nonce"] = nonce.hex()
     timestamp = Metadata(
         Timestamp(
             version=version,
-            expires=_moment(now_ms) + TIMESTAMP_LIFETIME,
+            expires=_moment(now_ms) + (OFFLINE_LIFETIME if nonce is None else TIMESTAMP_LIFETIME),
             snapshot_meta=MetaFile.from_data(set_version, snapshot, ["sha256"]),
             unrecognized_fields=extra,
         )

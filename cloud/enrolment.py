@@ -34,6 +34,10 @@ MAX_CLAIM_CHARACTERS = 128
 """Longest claim token."""
 CLAIM_BYTES = 20
 """Entropy of a claim token: 160 bits, 32 characters of Base32."""
+MAX_WRONG_CLAIMS = 1_000
+"""Refused enrolments that are counted for one claim; behind it a guesser makes the database write nothing."""
+ALARM_WRONG_CLAIMS = 10
+"""Refused enrolments from which a person should look at it."""
 VEHICLE_URN = "urn:openfod:vehicle:"
 """SAN URI of a device certificate, before the VIN."""
 OPERATOR_URN = "urn:openfod:operator:"
@@ -61,10 +65,20 @@ class Issued:
 
 def make_claim(tx: Transaction, vin: str, ttl_s: int, random: Callable[[int], bytes], now_ms: int) -> Claim:
     """Makes the vehicle's only claim; one made before ends."""
-    token = base64.b32encode(random(CLAIM_BYTES)).decode().rstrip("=").lower()
+    token = one_time_token(random)
     expires_ms = now_ms + ttl_s * 1000
-    tx.put_claim(vin, hashlib.sha256(token.encode()).digest(), expires_ms)
+    tx.put_claim(vin, token_hash(token), expires_ms)
     return Claim(token, expires_ms)
+
+
+def one_time_token(random: Callable[[int], bytes]) -> str:
+    """A token that nobody guesses: CLAIM_BYTES of randomness in lower-case Base32 (RFC 4648, section 6)."""
+    return base64.b32encode(random(CLAIM_BYTES)).decode().rstrip("=").lower()
+
+
+def token_hash(token: str) -> bytes:
+    """What is stored of a one-time token."""
+    return hashlib.sha256(token.encode()).digest()
 
 
 def enrol(
@@ -91,7 +105,7 @@ def enrol(
         )
     vehicle = tx.lock_vehicle(vin)
     claim = tx.claim(vin)
-    offered = hashlib.sha256(claim_token.encode()).digest()
+    offered = token_hash(claim_token)
     if vehicle is None or claim is None or not hmac.compare_digest(claim.token_hash, offered):
         raise ClaimError(f"no such claim for vehicle {vin}")
     if claim.used_ms:
@@ -100,9 +114,32 @@ def enrol(
         raise ClaimError(f"the claim of vehicle {vin} ended {(now_ms - claim.expires_ms) // 1000} s ago")
     certificate = issue(vin, key, ca, ca_key)
     der = certificate.public_bytes(Encoding.DER)
-    tx.enrol(vin, hashlib.sha256(der).digest(), der, now_ms)
-    tx.audit("vehicle", "enrol", vin, now_ms, fingerprint=hashlib.sha256(der).hexdigest())
+    ended = tx.enrol(vin, hashlib.sha256(der).digest(), der, now_ms)
+    tx.audit(
+        "vehicle",
+        "enrol",
+        vin,
+        now_ms,
+        fingerprint=hashlib.sha256(der).hexdigest(),
+        ended_fingerprints=[fingerprint.hex() for fingerprint in ended],
+    )
     return Issued(der, vehicle.source)
+
+
+def note_refusal(tx: Transaction, vin: str, reason: str, now_ms: int) -> None:
+    """Counts a refused enrolment of a registered vehicle; the 1st, 10th, 100th and 1,000th are audited.
+
+    No number of guesses ends a claim: with 160 bits they do no harm, and
+    ending it would let any stranger keep a vehicle from enrolling.
+    """
+    vehicle = tx.lock_vehicle(vin)
+    if vehicle is None or vehicle.wrong_claims >= MAX_WRONG_CLAIMS:
+        return
+    count = vehicle.wrong_claims + 1
+    tx.set_wrong_claims(vin, count)
+    if count in {10**power for power in range(4)}:
+        alarm = count >= ALARM_WRONG_CLAIMS
+        tx.audit("vehicle", "enrol-refused", vin, now_ms, alarm=alarm, reason=reason, refused=count)
 
 
 def device_key(csr_der: bytes) -> EllipticCurvePublicKey:

@@ -24,6 +24,11 @@ class StartError(CloudError):
 class RequestError(CloudError):
     """A request that is refused; nothing was changed."""
 
+    @property
+    def told(self) -> str:
+        """What the caller is told; the logs have the whole reason."""
+        return str(self)
+
 
 class InvalidRequestError(RequestError):
     """A field of a request does not have the form that the contract gives it."""
@@ -45,12 +50,39 @@ class NotPossibleError(RequestError):
     """The state of a vehicle, plan or right does not allow the request."""
 
 
+class SignerLimitError(RequestError):
+    """The fleet has had its most of this hour: a mistake, or somebody who should not be here."""
+
+    def __init__(self, kind: str, limit: int) -> None:
+        super().__init__(
+            f"signer limit: {limit} {kind} in this hour, all that signer.{kind}_per_hour allows; "
+            "nothing was changed. Find out who asks for them: fod-cloud audit --alarms"
+        )
+
+
 class ForbiddenError(RequestError):
     """The caller's certificate does not give it this role."""
 
 
 class ClaimError(RequestError):
     """An enrolment claim that is unknown, used, expired or of another VIN."""
+
+    @property
+    def told(self) -> str:
+        """One answer for all reasons: a guesser learns nothing."""
+        return "the claim is unknown, used, expired or of another VIN"
+
+
+class TransferCodeError(RequestError):
+    """A code that does not prove the present owner's consent to a sale."""
+
+    @property
+    def told(self) -> str:
+        """One answer for all reasons: a guesser learns nothing."""
+        return (
+            "the code is unknown, used, late or of another vehicle; "
+            "ask the present owner for a new one: fod-cloud vehicle transfer begin"
+        )
 
 
 class UsageError(CloudError):
@@ -75,3 +107,19 @@ class TooManyJournalsError(UsageError):
 
 class ChainError(UsageError):
     """Records that do not continue the stored journal: a hole, a fork or a change."""
+
+
+class ForkError(ChainError):
+    """Two histories of one journal: the same seq with another hash."""
+
+    def __init__(self, journal_id: str, seq: int, *, stored: bytes, received: bytes) -> None:
+        super().__init__(
+            f"record {seq} of journal {journal_id} is stored with hash {stored.hex()}, "
+            f"received with {received.hex()}; the stored one stays"
+        )
+        self.journal_id, self.seq, self.stored, self.received = journal_id, seq, stored, received
+
+    @property
+    def kind(self) -> str:
+        """To the vehicle it is a chain that does not continue."""
+        return ChainError.__name__

@@ -22,6 +22,7 @@ from cloud.catalogue import Catalogue
 from cloud.errors import (
     ChainError,
     ForeignUsageError,
+    ForkError,
     MalformedUsageError,
     TooManyJournalsError,
     UsageSignatureError,
@@ -45,6 +46,8 @@ MAX_TEXT = 100
 """Longest identifier in a record, characters."""
 MAX_JOURNALS = 64
 """Most journals of one vehicle; a new one begins when an agent's database was lost."""
+NOBODYS_EPOCH = 0
+"""Owner epoch of use that no right of the vehicle explains."""
 MAX_SHOWN = 64
 """Longest piece of a found value that an error repeats, characters."""
 
@@ -230,10 +233,10 @@ def take(tx: Transaction, vin: str, source: str, batch: Batch, key: Ed25519Priva
         now_ms: Unix milliseconds.
 
     Raises:
-        ChainError: the batch does not continue the stored journal.
+        ChainError: the batch does not continue the stored journal; ForkError if it is another one.
         TooManyJournalsError: it begins a journal, and the vehicle has MAX_JOURNALS.
     """
-    tx.lock_vehicle(vin)  # two streams of one vehicle must not read the same head
+    vehicle = tx.lock_vehicle(vin)  # two streams of one vehicle must not read the same head
     stored = tx.receipt(source, batch.journal_id)
     if stored is None and tx.journals(source) >= MAX_JOURNALS:
         raise TooManyJournalsError(
@@ -245,14 +248,16 @@ def take(tx: Transaction, vin: str, source: str, batch: Batch, key: Ed25519Priva
         raise ChainError(f"batch begins at seq {first}; the journal ends at {head}, so {head + 1} is next")
     known = tx.usage_hashes(source, batch.journal_id, max(first - 1, 1), min(last, head))
     if first > 1 and known[first - 1] != batch.prev_hash:
-        raise ChainError(f"record {first} names another hash than that of stored record {first - 1}")
+        raise ForkError(batch.journal_id, first - 1, stored=known[first - 1], received=batch.prev_hash)
     for row in batch.rows:
         if row.seq <= head and known[row.seq] != row.hash:
-            raise ChainError(f"record {row.seq} is stored with other bytes; the stored ones stay")
+            raise ForkError(batch.journal_id, row.seq, stored=known[row.seq], received=row.hash)
     fresh = [row for row in batch.rows if row.seq > head]
     if stored and not fresh:
         return Taken(stored.content, head, 0)
-    tx.add_usage(source, fresh, now_ms)
+    first_owner = vehicle is None or vehicle.owner_epoch == 1
+    epochs = [1] * len(fresh) if first_owner else _owner_epochs(tx, vin, fresh)
+    tx.add_usage(source, fresh, epochs, now_ms)
     receipt = usage_pb2.UsageReceipt(
         source=source,
         journal_id=batch.journal_id,
@@ -264,3 +269,13 @@ def take(tx: Transaction, vin: str, source: str, batch: Batch, key: Ed25519Priva
     content = signed.SerializeToString(deterministic=True)
     tx.put_receipt(source, batch.journal_id, ReceiptRow(last, batch.rows[-1].hash, content))
     return Taken(content, last, len(fresh))
+
+
+def _owner_epochs(tx: Transaction, vin: str, rows: Sequence[UsageRow]) -> list[int]:
+    """The owner that each record belongs to by its right, however late it comes.
+
+    A record of a right that this cloud does not know belongs to none.
+    """
+    epochs = {right.entitlement_id: right.owner_epoch for right in tx.entitlements(vin)}
+    records = (usage_pb2.UsageRecord.FromString(row.content) for row in rows)
+    return [epochs.get(record.entitlement_id, NOBODYS_EPOCH) for record in records]

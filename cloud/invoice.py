@@ -43,7 +43,7 @@ def _right(catalogue: Catalogue, row: EntitlementRow) -> Right:
     releases = catalogue.releases.get(row.feature_id)
     title = releases[-1].title if releases else row.feature_id
     right = entitlement_pb2.Entitlement.FromString(row.content)
-    return Right(right, title, row.granted_ms, row.revoked_ms)
+    return Right(right, title, row.granted_ms, row.revoked_ms, row.anchor_ms)
 
 
 def _line(line: Line) -> operator_service_pb2.InvoiceLine:

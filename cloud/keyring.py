@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import cbor2
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
@@ -17,11 +20,14 @@ from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp
 from tuf.api.serialization import DeserializationError
 
-from cloud.config import CloudConfig
+from cloud.config import CloudConfig, Tls, Token, moment_ms
+from cloud.director import TLS_PATH, Item, token_key_path
 from cloud.errors import StartError
 
 MAX_KEY_FILE_BYTES = 65_536
 """Largest key, certificate or root file that is read."""
+MAX_TLS_BYTES = 16_384
+"""Largest tls.json that a vehicle takes."""
 MAX_ROOTS = 32
 """Most root files of one repository: what a vehicle takes in one update."""
 
@@ -44,15 +50,29 @@ class OnlineKeys:
         """The roots that lead on from a version, in order (TUF 1.0.34, section 5.3)."""
         return [content for number, content in self.roots.items() if number > version]
 
+    def is_behind(self, root_version: int) -> bool:
+        """True if a vehicle that trusts this root has to follow a newer one first."""
+        return root_version < self.root.signed.version
+
+
+def is_signed_by(content: bytes, key: CryptoSigner) -> bool:
+    """True if stored metadata of our own names this key among its signatures."""
+    return any(entry["keyid"] == key.public_key.keyid for entry in json.loads(content)["signatures"])
+
 
 @dataclass(frozen=True)
 class Keyring:
-    """All online keys of one cloud."""
+    """All online keys of one cloud.
+
+    Args:
+        shared: director targets that every vehicle gets: the token key's announcement, TLS anchors.
+    """
 
     director: OnlineKeys
     director_targets: CryptoSigner
     catalogue: OnlineKeys
     token: Ed25519PrivateKey
+    shared: tuple[Item, ...]
     receipt: Ed25519PrivateKey
     enrolment_ca: x509.Certificate
     enrolment_key: EllipticCurvePrivateKey
@@ -83,11 +103,50 @@ def load(settings: CloudConfig) -> Keyring:
             _signer(catalogue.timestamp_key, catalogue_root.signed, Timestamp.type),
             _signer(catalogue.snapshot_key, catalogue_root.signed, Snapshot.type),
         ),
-        token=_ed25519(settings.token.key),
+        token=(token_key := _ed25519(settings.token.key)),
+        shared=(*_announcement(settings.token, token_key), *_tls(settings.tls)),
         receipt=_ed25519(settings.receipt.key),
         enrolment_ca=authority,
         enrolment_key=_authority_key(settings.enrolment.ca_key, authority),
     )
+
+
+def _announcement(settings: Token, key: Ed25519PrivateKey) -> Iterator[Item]:
+    """The announcement, if it is of this key and epoch; its signature is for the ECUs to judge."""
+    if settings.announcement is None:
+        return
+    content = _read(settings.announcement)
+    expected = {1: settings.epoch, 2: key.public_key().public_bytes_raw()}
+    try:
+        found = cbor2.loads(cbor2.loads(content).value[2])
+    except (cbor2.CBORDecodeError, AttributeError, IndexError, TypeError, ValueError) as error:
+        raise StartError(f"{settings.announcement}: not the announcement of a token key") from error
+    if found != expected:
+        raise StartError(
+            f"{settings.announcement}: announces another key or epoch than {settings.key}, "
+            f"epoch {settings.epoch}"
+        )
+    yield Item(token_key_path(settings.epoch), content)
+
+
+def _tls(settings: Tls) -> Iterator[Item]:
+    """The certificates by which vehicles know the cloud's servers, each with its validity."""
+    if not settings.anchors:
+        return
+    servers = [
+        {
+            "certificate": base64.b64encode(
+                _certificate(anchor.certificate).public_bytes(serialization.Encoding.DER)
+            ).decode(),
+            "not_before_ms": moment_ms(anchor.not_before),
+            "not_after_ms": moment_ms(anchor.not_after),
+        }
+        for anchor in settings.anchors
+    ]
+    content = json.dumps({"servers": servers}, sort_keys=True).encode()
+    if len(content) > MAX_TLS_BYTES:
+        raise StartError(f"tls.anchors: {len(content)} bytes are more than the limit of {MAX_TLS_BYTES}")
+    yield Item(TLS_PATH, content)
 
 
 def load_roots(path: Path) -> tuple[dict[int, bytes], Metadata[Root]]:

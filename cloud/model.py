@@ -60,3 +60,25 @@ class Versions:
     timestamp: int = 0
     snapshot: int = 0
     targets: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Counter:
+    """The highest token counter that a vehicle has trusted for one feature in one ECU."""
+
+    ecu_identifier: str
+    feature_id: str
+    counter: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """What a vehicle says that it trusts: a claim, which decides nothing by itself.
+
+    Args:
+        owner_epoch: 0 if it has no rights yet.
+    """
+
+    director: Versions = Versions()
+    counters: tuple[Counter, ...] = ()
+    owner_epoch: int = 0

@@ -1,7 +1,10 @@
 """The operator's side: vehicles, rights, usage and invoices.
 
-Every call needs an operator's certificate; every writing call is written to
-the audit log with the name in it, in the transaction that it changes.
+Every call needs an operator's certificate and a role that may make it; every
+writing call is written to the audit log with the name in it, in the
+transaction that it changes, and so is each one that was refused.
+Reading calls show what the present owner of a vehicle has and used; only an
+invoice preview, which is per account, covers the owners before too.
 """
 
 from __future__ import annotations
@@ -16,13 +19,28 @@ from typing import TypeVar
 
 from google.protobuf.message import Message
 
-from cloud import enrolment, identity, invoice
+from cloud import config, enrolment, identity, invoice, transfer
 from cloud.catalogue import Catalogue
 from cloud.changes import Changes, Topic
-from cloud.errors import ExistsError, InvalidRequestError, RequestError
+from cloud.errors import (
+    ExistsError,
+    ForbiddenError,
+    InvalidRequestError,
+    RequestError,
+    SignerLimitError,
+    TransferCodeError,
+)
 from cloud.model import HEAD_UNIT, IDENTIFIER_PATTERN, VIN_PATTERN, Ecu
 from cloud.rights import Rights, known_vehicle
-from cloud.store import EntitlementRow, RequestRow, Store, Transaction, UsageRow, VehicleRow
+from cloud.store import (
+    AuditRow,
+    EntitlementRow,
+    RequestRow,
+    Store,
+    Transaction,
+    UsageRow,
+    VehicleRow,
+)
 from cloud.vehicle_service import VehicleService
 from common import log
 from openfod.entitlement.v1 import entitlement_pb2
@@ -36,34 +54,53 @@ MAX_ECUS = 64
 UID_BYTES = 16
 """Length of an ECU's unique identifier."""
 MAX_REASON = 256
-"""Longest reason of a revocation, characters."""
+"""Longest reason, characters."""
 MAX_PAGE = 1_000
-"""Most usage records in one answer."""
+"""Most usage records or audit entries in one answer."""
+MAX_ROLE = 64
+"""Longest piece of an unknown role that the audit log repeats, characters."""
+READING_CALLS = frozenset(
+    {"ListVehicles", "ListEntitlements", "ListUsage", "PreviewInvoice", "ListAudit", "WatchFeatures"}
+)
+"""Calls that change nothing; of those, only the ones beyond the caller's role are audited."""
 
 _ACCOUNT = r"acc-[0-9a-z-]{1,40}"
 _ENTITLEMENT = r"ent-[0-9a-f]{16}"
 _TRACE = r"([0-9a-f]{32})?"
 _PAGE = r"([0-9a-f]{16}/[0-9]{1,16})?"
+_AUDIT_PAGE = r"([0-9]{1,18})?"
 
 _log = log.get(__name__)
 _Request = TypeVar("_Request", bound=Message)
 _Response = TypeVar("_Response", bound=Message)
-_Self = TypeVar("_Self")
+_Writing = TypeVar(
+    "_Writing",
+    pb.CreateClaimRequest,
+    pb.BlockVehicleRequest,
+    pb.RebindEcuRequest,
+    pb.BeginTransferRequest,
+    pb.CompleteTransferRequest,
+    pb.ConfirmRestoreRequest,
+)
 
-_Handler = Callable[[_Self, _Request, str], Awaitable[_Response]]
-_Method = Callable[[_Self, _Request, identity.Context], Awaitable[_Response]]
+_Handler = Callable[["OperatorService", _Request, identity.Operator], Awaitable[_Response]]
+_Method = Callable[["OperatorService", _Request, identity.Context], Awaitable[_Response]]
 
 
-def _operator_call(handler: _Handler[_Self, _Request, _Response]) -> _Method[_Self, _Request, _Response]:
-    """Lets operators in only, and turns our errors into gRPC's."""
+def _operator_call(handler: _Handler[_Request, _Response]) -> _Method[_Request, _Response]:
+    """Lets in operators whose role allows the call, and turns our errors into gRPC's."""
+    call = handler.__name__
 
     @functools.wraps(handler)
-    async def method(self: _Self, request: _Request, context: identity.Context) -> _Response:
+    async def method(self: OperatorService, request: _Request, context: identity.Context) -> _Response:
+        operator = None
         try:
-            return await handler(self, request, identity.operator(context))
+            operator = identity.operator(context)
+            operator.may(call, vin=getattr(request, "vin", ""))
+            return await handler(self, request, operator)
         except RequestError as error:
-            _log.warning("request refused", call=handler.__name__, error=error.kind, reason=str(error))
-            await context.abort(identity.status_code(error), str(error))
+            await self.note_refusal(operator, call, request, error)
+            await context.abort(identity.status_code(error), error.told)
 
     return method
 
@@ -80,18 +117,53 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
         vehicles: VehicleService,
         *,
         claim_ttl_s: int,
+        ownership: config.Ownership,
+        restore_window_ms: int,
         now_ms: Callable[[], int],
         random: Callable[[int], bytes],
     ) -> None:
         self._store, self._rights, self._catalogue = store, rights, catalogue
         self._changes, self._vehicles = changes, vehicles
-        self._claim_ttl_s, self._now_ms, self._random = claim_ttl_s, now_ms, random
+        self._claim_ttl_s, self._ownership = claim_ttl_s, ownership
+        self._restore_window_ms = restore_window_ms
+        self._now_ms, self._random = now_ms, random
+
+    async def note_refusal(
+        self, operator: identity.Operator | None, call: str, request: Message, error: RequestError
+    ) -> None:
+        """Logs a refused call; audits it if it was to change something or is beyond the role.
+
+        Malformed fields are the caller's own mistake and may hold any text: only logged.
+        """
+        _log.warning("request refused", call=call, error=error.kind, reason=str(error))
+        beyond_role = isinstance(error, ForbiddenError)
+        if operator is None or isinstance(error, InvalidRequestError):
+            return
+        if call in READING_CALLS and not beyond_role:
+            return
+        vin = getattr(request, "vin", "")
+
+        def work(tx: Transaction) -> None:
+            known = vin if re.fullmatch(VIN_PATTERN, vin) else ""
+            tx.audit(
+                operator.actor,
+                "refused",
+                known,
+                self._now_ms(),
+                alarm=beyond_role or isinstance(error, SignerLimitError),
+                call=call,
+                role=operator.role[:MAX_ROLE],
+                error=error.kind,
+                reason=str(error),
+            )
+
+        await self._store.run(work)
 
     # --- writing ----------------------------------------------------------
 
     @_operator_call
     async def CreateVehicle(  # noqa: N802 (named by the contract)
-        self, request: pb.CreateVehicleRequest, operator: str
+        self, request: pb.CreateVehicleRequest, operator: identity.Operator
     ) -> pb.CreateVehicleResponse:
         """Registers a vehicle as built and makes its one-time enrolment claim.
 
@@ -110,19 +182,19 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
                 return before
             vehicle = self._rights.register(tx, vin, ecus, now_ms)
             claim = enrolment.make_claim(tx, vin, self._claim_ttl_s, self._random, now_ms)
-            tx.audit(operator, "create-vehicle", vin, now_ms, request_id=request.request_id)
+            tx.audit(operator.actor, "create-vehicle", vin, now_ms, request_id=request.request_id)
             response = pb.CreateVehicleResponse(vehicle=self._vehicle(tx, vehicle))
             self._remember(tx, operator, request.request_id, request, response, now_ms)
             response.claim_token, response.claim_expires_ms = claim.token, claim.expires_ms
             return response
 
         response = await self._store.run(work)
-        _log.info("vehicle registered", vin=vin, source=response.vehicle.source, operator=operator)
+        _log.info("vehicle registered", vin=vin, source=response.vehicle.source, operator=operator.name)
         return response
 
     @_operator_call
     async def GrantEntitlement(  # noqa: N802 (named by the contract)
-        self, request: pb.GrantEntitlementRequest, operator: str
+        self, request: pb.GrantEntitlementRequest, operator: identity.Operator
     ) -> pb.GrantEntitlementResponse:
         """Grants a vehicle the right of a plan."""
         request.request_id = request.request_id.lower()  # RFC 9562, section 4: case means nothing
@@ -140,7 +212,7 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
             response = pb.GrantEntitlementResponse(entitlement=granted.right, version=granted.version)
             right = granted.right
             tx.audit(
-                operator,
+                operator.actor,
                 "grant",
                 vin,
                 now_ms,
@@ -163,23 +235,20 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
             entitlement_id=right.entitlement_id,
             feature=right.feature_id,
             version=response.version,
-            operator=operator,
+            operator=operator.name,
             trace_id=right.trace_id,
         )
         return response
 
     @_operator_call
     async def RevokeEntitlement(  # noqa: N802 (named by the contract)
-        self, request: pb.RevokeEntitlementRequest, operator: str
+        self, request: pb.RevokeEntitlementRequest, operator: identity.Operator
     ) -> pb.RevokeEntitlementResponse:
         """Ends a right. The vehicle holds the feature until it is safe to release."""
         request.request_id = request.request_id.lower()  # RFC 9562, section 4: case means nothing
         vin = _vin(request.vin)
         _match("entitlement_id", request.entitlement_id, _ENTITLEMENT)
-        if not 1 <= len(request.reason) <= MAX_REASON:
-            raise InvalidRequestError(
-                "reason", expected=f"1 to {MAX_REASON} characters", found=len(request.reason)
-            )
+        _reason(request.reason)
         now_ms = self._now_ms()
 
         def work(tx: Transaction) -> pb.RevokeEntitlementResponse:
@@ -190,7 +259,7 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
             row = next(r for r in tx.entitlements(vin) if r.entitlement_id == request.entitlement_id)
             response = pb.RevokeEntitlementResponse(entitlement=_record(row, tx.status(vin)), version=version)
             tx.audit(
-                operator,
+                operator.actor,
                 "revoke",
                 vin,
                 now_ms,
@@ -208,16 +277,293 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
             vin=vin,
             entitlement_id=request.entitlement_id,
             version=response.version,
-            operator=operator,
+            operator=operator.name,
             trace_id=response.entitlement.entitlement.trace_id,
         )
+        return response
+
+    @_operator_call
+    async def CreateClaim(  # noqa: N802 (named by the contract)
+        self, request: pb.CreateClaimRequest, operator: identity.Operator
+    ) -> pb.CreateClaimResponse:
+        """Makes a new one-time claim for a vehicle whose device key was lost or replaced.
+
+        Stored as a hash only: as long as the claim is open, a repetition makes
+        a new one, which ends the first; later it shows none.
+        """
+        vin = _vin(request.vin)
+        _reason(request.reason)
+        now_ms = self._now_ms()
+
+        def again(tx: Transaction) -> bool:
+            claim = tx.claim(vin)
+            return claim is not None and not claim.used_ms
+
+        def change(tx: Transaction) -> enrolment.Claim:
+            known_vehicle(tx, vin)
+            claim = enrolment.make_claim(tx, vin, self._claim_ttl_s, self._random, now_ms)
+            tx.audit(
+                operator.actor,
+                "create-claim",
+                vin,
+                now_ms,
+                request_id=request.request_id,
+                reason=request.reason,
+                expires_ms=claim.expires_ms,
+            )
+            return claim
+
+        claim = await self._secret(operator, request, again, change, now_ms)
+        _log.info("claim made", vin=vin, operator=operator.name)
+        return pb.CreateClaimResponse(claim_token=claim.token, claim_expires_ms=claim.expires_ms)
+
+    @_operator_call
+    async def BlockVehicle(  # noqa: N802 (named by the contract)
+        self, request: pb.BlockVehicleRequest, operator: identity.Operator
+    ) -> pb.BlockVehicleResponse:
+        """Ends a vehicle's certificate, its open claim and its stream at once; its rights stay."""
+        vin = _vin(request.vin)
+        _reason(request.reason)
+        now_ms = self._now_ms()
+
+        def change(tx: Transaction) -> pb.BlockVehicleResponse:
+            known_vehicle(tx, vin)
+            ended = tx.end_devices(vin, now_ms)
+            tx.end_claim(vin)
+            tx.block(vin, now_ms)
+            tx.audit(
+                operator.actor,
+                "block-vehicle",
+                vin,
+                now_ms,
+                request_id=request.request_id,
+                reason=request.reason,
+                ended_fingerprints=[fingerprint.hex() for fingerprint in ended],
+            )
+            return pb.BlockVehicleResponse(vehicle=self._vehicle(tx, known_vehicle(tx, vin)))
+
+        response, is_new = await self._once(operator, request, pb.BlockVehicleResponse, change, now_ms)
+        if is_new:  # a repetition may come after the vehicle was let in again
+            self._vehicles.end_stream(vin, f"vehicle {vin} is blocked; a new claim lets it in again")
+            response.vehicle.connected = False
+            _log.warning("vehicle blocked", vin=vin, reason=request.reason, operator=operator.name)
+        return response
+
+    @_operator_call
+    async def RebindEcu(  # noqa: N802 (named by the contract)
+        self, request: pb.RebindEcuRequest, operator: identity.Operator
+    ) -> pb.RebindEcuResponse:
+        """Binds a vehicle's rights to a replaced ECU; the tokens of the old uid are burned first."""
+        vin = _vin(request.vin)
+        _match("ecu_identifier", request.ecu_identifier, IDENTIFIER_PATTERN)
+        old_uid, new_uid = _uid("old_uid", request.old_uid), _uid("new_uid", request.new_uid)
+        if old_uid == new_uid:
+            raise InvalidRequestError("new_uid", expected="another uid than old_uid", found=new_uid.hex())
+        _reason(request.reason)
+        now_ms = self._now_ms()
+
+        def change(tx: Transaction) -> pb.RebindEcuResponse:
+            rebound = self._rights.rebind(
+                tx,
+                vin,
+                request.ecu_identifier,
+                old_uid,
+                new_uid,
+                per_year=self._ownership.rebinds_per_year,
+                now_ms=now_ms,
+            )
+            tx.audit(
+                operator.actor,
+                "rebind-ecu",
+                vin,
+                now_ms,
+                request_id=request.request_id,
+                reason=request.reason,
+                ecu_identifier=request.ecu_identifier,
+                old_uid=old_uid.hex(),
+                new_uid=new_uid.hex(),
+                burning_tokens=[content.hex() for content in rebound.burning_tokens],
+            )
+            return pb.RebindEcuResponse(
+                vehicle=self._vehicle(tx, known_vehicle(tx, vin)),
+                version=rebound.version,
+                burning_tokens=rebound.burning_tokens,
+            )
+
+        response, _ = await self._once(operator, request, pb.RebindEcuResponse, change, now_ms)
+        self._changes.notify(Topic.RIGHTS, vin)
+        _log.info("ECU re-bound", vin=vin, ecu=request.ecu_identifier, operator=operator.name)
+        return response
+
+    @_operator_call
+    async def BeginTransfer(  # noqa: N802 (named by the contract)
+        self, request: pb.BeginTransferRequest, operator: identity.Operator
+    ) -> pb.BeginTransferResponse:
+        """Begins the sale of a vehicle: makes a one-time code for its owner.
+
+        Stored as a hash only: as long as the code is open, a repetition makes
+        a new one, which ends the first; later it shows none.
+        """
+        vin = _vin(request.vin)
+        now_ms = self._now_ms()
+
+        def again(tx: Transaction) -> bool:
+            return tx.transfer(vin) is not None
+
+        def change(tx: Transaction) -> enrolment.Claim:
+            known_vehicle(tx, vin)
+            code = transfer.begin(tx, vin, self._ownership.transfer_ttl_s, self._random, now_ms)
+            tx.audit(
+                operator.actor,
+                "begin-transfer",
+                vin,
+                now_ms,
+                request_id=request.request_id,
+                expires_ms=code.expires_ms,
+            )
+            return code
+
+        code = await self._secret(operator, request, again, change, now_ms)
+        _log.info("sale begun", vin=vin, operator=operator.name)
+        return pb.BeginTransferResponse(transfer_code=code.token, expires_ms=code.expires_ms)
+
+    @_operator_call
+    async def CompleteTransfer(  # noqa: N802 (named by the contract)
+        self, request: pb.CompleteTransferRequest, operator: identity.Operator
+    ) -> pb.CompleteTransferResponse:
+        """Completes a sale with the code that the present owner gave away.
+
+        Use that the vehicle uploads later under rights of the owner before is
+        still taken, and billed to that owner's account.
+        """
+        vin = _vin(request.vin)
+        _match("account", request.account, _ACCOUNT)
+        now_ms = self._now_ms()
+
+        def change(tx: Transaction) -> pb.CompleteTransferResponse | TransferCodeError:
+            known_vehicle(tx, vin)
+            try:
+                transfer.use(tx, vin, request.transfer_code, now_ms)
+            except TransferCodeError as error:
+                return error  # returned, so that the wrong try stays counted
+            sold = self._rights.transfer(tx, vin, request.account, now_ms)
+            tx.audit(
+                operator.actor,
+                "complete-transfer",
+                vin,
+                now_ms,
+                request_id=request.request_id,
+                account=request.account,
+                owner_epoch=sold.owner_epoch,
+                kept=[row.entitlement_id for row in sold.kept],
+                ended=[row.entitlement_id for row in sold.ended],
+            )
+            return pb.CompleteTransferResponse(
+                owner_epoch=sold.owner_epoch,
+                kept=[_record(row, {}) for row in sold.kept],
+                ended=[_record(row, {}) for row in sold.ended],
+                version=sold.version,
+            )
+
+        response, _ = await self._once(operator, request, pb.CompleteTransferResponse, change, now_ms)
+        self._changes.notify(Topic.RIGHTS, vin)
+        self._changes.notify(Topic.STATUS, vin)
+        _log.info("vehicle sold", vin=vin, owner_epoch=response.owner_epoch, operator=operator.name)
+        return response
+
+    @_operator_call
+    async def ExportBundle(  # noqa: N802 (named by the contract)
+        self, request: pb.ExportBundleRequest, operator: identity.Operator
+    ) -> pb.ExportBundleResponse:
+        """Signs all rights of a vehicle as one file, for a workshop without network."""
+        vin = _vin(request.vin)
+        now_ms = self._now_ms()
+
+        def work(tx: Transaction) -> pb.ExportBundleResponse:
+            made = self._rights.bundle(tx, vin, now_ms)
+            content = made.update.SerializeToString(deterministic=True)
+            tx.audit(
+                operator.actor,
+                "export-bundle",
+                vin,
+                now_ms,
+                expires_ms=made.ends_ms,
+                sha256=hashlib.sha256(content).hexdigest(),
+            )
+            return pb.ExportBundleResponse(bundle=content, expires_ms=made.ends_ms)
+
+        response = await self._store.run(work)
+        _log.info("bundle made", vin=vin, operator=operator.name)
+        return response
+
+    @_operator_call
+    async def ConfirmRestore(  # noqa: N802 (named by the contract)
+        self, request: pb.ConfirmRestoreRequest, operator: identity.Operator
+    ) -> pb.ConfirmRestoreResponse:
+        """Confirms that the database was restored, so that versions may move past what vehicles report."""
+        _reason(request.reason)
+        now_ms = self._now_ms()
+        if not 0 < request.backup_ms <= now_ms:
+            raise InvalidRequestError(
+                "backup_ms", expected=f"a time in the past, 1 to {now_ms}", found=request.backup_ms
+            )
+        until_ms = now_ms + self._restore_window_ms
+
+        def change(tx: Transaction) -> pb.ConfirmRestoreResponse:
+            self._rights.confirm_restore(tx, request.backup_ms, until_ms, now_ms)
+            tx.audit(
+                operator.actor,
+                "confirm-restore",
+                "",
+                now_ms,
+                alarm=True,
+                request_id=request.request_id,
+                reason=request.reason,
+                backup_ms=request.backup_ms,
+                until_ms=until_ms,
+            )
+            return pb.ConfirmRestoreResponse(until_ms=until_ms)
+
+        response, _ = await self._once(operator, request, pb.ConfirmRestoreResponse, change, now_ms)
+        self._changes.notify_all(Topic.RIGHTS)
+        _log.warning("restore confirmed", operator=operator.name, reason=request.reason)
         return response
 
     # --- reading ----------------------------------------------------------
 
     @_operator_call
+    async def ListAudit(  # noqa: N802 (named by the contract)
+        self, request: pb.ListAuditRequest, _operator: identity.Operator
+    ) -> pb.ListAuditResponse:
+        """Lists the audit log, of one vehicle or of all, the newest entry last."""
+        vin = _vin(request.vin) if request.vin else ""
+        _match("page_token", request.page_token, _AUDIT_PAGE)
+        size = _page_size(request.page_size)
+
+        def work(tx: Transaction) -> list[AuditRow]:
+            after = int(request.page_token or 0)
+            return tx.audit_page(vin, alarms_only=request.alarms_only, after=after, limit=size + 1)
+
+        rows = await self._store.run(work)
+        page = rows[:size]
+        return pb.ListAuditResponse(
+            entries=[
+                pb.AuditEntry(
+                    at_ms=row.at_ms,
+                    actor=row.actor,
+                    action=row.action,
+                    vin=row.vin,
+                    detail=row.detail,
+                    alarm=row.alarm,
+                )
+                for row in page
+            ],
+            next_page_token=str(page[-1].id) if len(rows) > size else "",
+        )
+
+    @_operator_call
     async def ListVehicles(  # noqa: N802 (named by the contract)
-        self, _request: pb.ListVehiclesRequest, _operator: str
+        self, _request: pb.ListVehiclesRequest, _operator: identity.Operator
     ) -> pb.ListVehiclesResponse:
         """Lists the registered vehicles."""
 
@@ -228,16 +574,17 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
 
     @_operator_call
     async def ListEntitlements(  # noqa: N802 (named by the contract)
-        self, request: pb.ListEntitlementsRequest, _operator: str
+        self, request: pb.ListEntitlementsRequest, _operator: identity.Operator
     ) -> pb.ListEntitlementsResponse:
-        """Lists the rights of a vehicle, ended ones included."""
+        """Lists the rights of a vehicle's present owner, ended ones included."""
         vin = _vin(request.vin)
 
         def work(tx: Transaction) -> pb.ListEntitlementsResponse:
-            known_vehicle(tx, vin)
+            owner_epoch = known_vehicle(tx, vin).owner_epoch
             status, signed = tx.status(vin), tx.vehicle_set(vin)
+            mine = [row for row in tx.entitlements(vin) if row.owner_epoch == owner_epoch]
             return pb.ListEntitlementsResponse(
-                entitlements=[_record(row, status) for row in tx.entitlements(vin)],
+                entitlements=[_record(row, status) for row in mine],
                 version=signed.version if signed else 0,
             )
 
@@ -249,14 +596,21 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
         """Streams each change of what a vehicle's features report, the present state first."""
 
         def work(tx: Transaction) -> pb.WatchFeaturesResponse:
-            last_update = known_vehicle(tx, vin).last_update
+            vehicle = known_vehicle(tx, vin)
+            features = [vehicle_service_pb2.FeatureStatus.FromString(c) for c in tx.status(vin).values()]
+            # A vehicle that has not heard of its sale yet goes on reporting rights of the owner before.
+            earlier = {r.entitlement_id for r in tx.entitlements(vin) if r.owner_epoch < vehicle.owner_epoch}
             return pb.WatchFeaturesResponse(
-                features=[vehicle_service_pb2.FeatureStatus.FromString(c) for c in tx.status(vin).values()],
-                last_update=vehicle_service_pb2.UpdateResult.FromString(last_update) if last_update else None,
+                features=[status for status in features if status.entitlement_id not in earlier],
+                last_update=vehicle_service_pb2.UpdateResult.FromString(vehicle.last_update)
+                if vehicle.last_update
+                else None,
             )
 
+        operator = None
         try:
-            identity.operator(context)
+            operator = identity.operator(context)
+            operator.may("WatchFeatures", vin=request.vin)
             vin = _vin(request.vin)
             with self._changes.watch(Topic.STATUS, vin) as changed:
                 while True:
@@ -264,22 +618,23 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
                     yield await self._store.run(work)
                     await changed.wait()
         except RequestError as error:
-            await context.abort(identity.status_code(error), str(error))
+            await self.note_refusal(operator, "WatchFeatures", request, error)
+            await context.abort(identity.status_code(error), error.told)
 
     @_operator_call
     async def ListUsage(  # noqa: N802 (named by the contract)
-        self, request: pb.ListUsageRequest, _operator: str
+        self, request: pb.ListUsageRequest, _operator: identity.Operator
     ) -> pb.ListUsageResponse:
-        """Lists the usage records of a vehicle."""
+        """Lists the usage records of a vehicle's present owner."""
         vin = _vin(request.vin)
         _match("page_token", request.page_token, _PAGE)
-        if not 0 <= request.page_size <= MAX_PAGE:
-            raise InvalidRequestError("page_size", expected=f"0 to {MAX_PAGE}", found=request.page_size)
-        size = request.page_size or MAX_PAGE
+        size = _page_size(request.page_size)
         journal, _, seq = request.page_token.partition("/")
 
         def work(tx: Transaction) -> pb.ListUsageResponse:
-            rows = tx.usage(known_vehicle(tx, vin).source, (journal, int(seq or 0)), size + 1)
+            vehicle = known_vehicle(tx, vin)
+            after = (journal, int(seq or 0))
+            rows = tx.usage(vehicle.source, after, size + 1, owner_epoch=vehicle.owner_epoch)
             page = rows[:size]
             more = len(rows) > size
             return pb.ListUsageResponse(
@@ -291,9 +646,9 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
 
     @_operator_call
     async def PreviewInvoice(  # noqa: N802 (named by the contract)
-        self, request: pb.PreviewInvoiceRequest, _operator: str
+        self, request: pb.PreviewInvoiceRequest, _operator: identity.Operator
     ) -> pb.PreviewInvoiceResponse:
-        """Rates the usage of a vehicle as of now."""
+        """Rates the usage of a vehicle as of now, for each account that ever had a right to it."""
         vin = _vin(request.vin)
         now_ms = self._now_ms()
 
@@ -319,10 +674,79 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
             last_update=vehicle_service_pb2.UpdateResult.FromString(row.last_update)
             if row.last_update
             else None,
+            blocked_ms=row.blocked_ms,
+            owner_epoch=row.owner_epoch,
+            findings=[finding.text for finding in tx.findings(row.vin)],
         )
 
+    async def _once(
+        self,
+        operator: identity.Operator,
+        request: _Writing,
+        kind: type[_Response],
+        change: Callable[[Transaction], _Response | TransferCodeError],
+        now_ms: int,
+    ) -> tuple[_Response, bool]:
+        """Does a writing request once (AIP-155); a repetition gets the first answer.
+
+        Returns:
+            the answer, and whether it is new.
+
+        Raises:
+            TransferCodeError: `change` returned it; what it counted is stored.
+        """
+        request.request_id = request.request_id.lower()  # RFC 9562, section 4: case means nothing
+
+        def work(tx: Transaction) -> tuple[_Response | TransferCodeError, bool]:
+            before = self._answered(tx, operator, request.request_id, request, kind)
+            if before is not None:
+                return before, False
+            response = change(tx)
+            if not isinstance(response, TransferCodeError):
+                self._remember(tx, operator, request.request_id, request, response, now_ms)
+            return response, True
+
+        response, is_new = await self._store.run(work)
+        if isinstance(response, TransferCodeError):
+            raise response
+        return response, is_new
+
+    async def _secret(
+        self,
+        operator: identity.Operator,
+        request: _Writing,
+        again: Callable[[Transaction], bool],
+        change: Callable[[Transaction], enrolment.Claim],
+        now_ms: int,
+    ) -> enrolment.Claim:
+        """Makes a one-time token, of which nothing but a hash and its end are stored.
+
+        Args:
+            again: tells whether a repetition may replace what the first request made.
+
+        Returns:
+            the token; an empty one for a repetition that comes too late.
+        """
+        request.request_id = request.request_id.lower()  # RFC 9562, section 4: case means nothing
+
+        def work(tx: Transaction) -> enrolment.Claim:
+            before = self._answered(tx, operator, request.request_id, request, pb.CreateClaimResponse)
+            if before is not None and not again(tx):
+                return enrolment.Claim("", before.claim_expires_ms)
+            made = change(tx)
+            response = pb.CreateClaimResponse(claim_expires_ms=made.expires_ms)
+            self._remember(tx, operator, request.request_id, request, response, now_ms)
+            return made
+
+        return await self._store.run(work)
+
     def _answered(
-        self, tx: Transaction, operator: str, request_id: str, request: Message, kind: type[_Response]
+        self,
+        tx: Transaction,
+        operator: identity.Operator,
+        request_id: str,
+        request: Message,
+        kind: type[_Response],
     ) -> _Response | None:
         """The first answer to this request (AIP-155), or None if it is new.
 
@@ -335,7 +759,7 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
             valid = False
         if not valid:
             raise InvalidRequestError("request_id", expected="a UUID", found=request_id[:64])
-        before = tx.request(operator, request_id)
+        before = tx.request(operator.name, request_id)
         if before is None:
             return None
         if before.request_hash != _hash(request):
@@ -345,15 +769,15 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
     def _remember(
         self,
         tx: Transaction,
-        operator: str,
+        operator: identity.Operator,
         request_id: str,
         request: Message,
         response: Message,
         now_ms: int,
     ) -> None:
-        if tx.request(operator, request_id) is None:
+        if tx.request(operator.name, request_id) is None:
             row = RequestRow(_hash(request), response.SerializeToString(deterministic=True))
-            tx.add_request(operator, request_id, row, now_ms)
+            tx.add_request(operator.name, request_id, row, now_ms)
 
 
 def _hash(request: Message) -> bytes:
@@ -381,6 +805,24 @@ def _match(field: str, text: str, pattern: str) -> str:
     return text
 
 
+def _reason(text: str) -> str:
+    if not 1 <= len(text) <= MAX_REASON:
+        raise InvalidRequestError("reason", expected=f"1 to {MAX_REASON} characters", found=len(text))
+    return text
+
+
+def _uid(field: str, uid: bytes) -> bytes:
+    if len(uid) != UID_BYTES:
+        raise InvalidRequestError(field, expected=f"{UID_BYTES} bytes", found=len(uid))
+    return uid
+
+
+def _page_size(found: int) -> int:
+    if not 0 <= found <= MAX_PAGE:
+        raise InvalidRequestError("page_size", expected=f"0 to {MAX_PAGE}", found=found)
+    return found or MAX_PAGE
+
+
 def _vin(text: str) -> str:
     return _match("vin", text, VIN_PATTERN)
 
@@ -397,10 +839,7 @@ def _ecus(found: Sequence[pb.Ecu]) -> list[Ecu]:
             raise InvalidRequestError(
                 f"{where}.ecu_identifier", expected="an ECU; every vehicle has a head unit", found=HEAD_UNIT
             )
-        if len(ecu.ecu_uid) != UID_BYTES:
-            raise InvalidRequestError(
-                f"{where}.ecu_uid", expected=f"{UID_BYTES} bytes", found=len(ecu.ecu_uid)
-            )
+        _uid(f"{where}.ecu_uid", ecu.ecu_uid)
         ecus.append(Ecu(ecu.ecu_identifier, ecu.hardware_id, ecu.ecu_uid))
     for name in ("identifier", "uid"):
         if len({getattr(ecu, name) for ecu in ecus}) < len(ecus):

@@ -31,13 +31,17 @@ class Right:
 
     Args:
         title: name of the feature.
+        granted_ms: since when its account has it.
         ended_ms: when it ended, 0 while it lives.
+        anchor_ms: when its first period began; periods before `granted_ms` were
+            paid by an earlier owner of the vehicle.
     """
 
     entitlement: entitlement_pb2.Entitlement
     title: str
     granted_ms: int
     ended_ms: int
+    anchor_ms: int
 
 
 @dataclass(frozen=True)
@@ -63,18 +67,19 @@ def amount(quantity: int, price_minor: int, per_units: int) -> int:
     return (2 * quantity * price_minor + per_units) // (2 * per_units)
 
 
-def started_periods(period: str, granted_ms: int, until_ms: int, *, renews: bool) -> int:
+def started_periods(period: str, anchor_ms: int, until_ms: int, *, renews: bool) -> int:
     """How many periods of a right had started at an instant: each is paid at its start.
 
     Args:
         period: ISO 8601, or empty for a single payment.
+        anchor_ms: start of the first.
         until_ms: the instant, or when the right ended, whichever was first.
     """
     length = Period.parse(period)
     if length is None or not renews:
         return 1
     count = 1
-    while length.start_ms(granted_ms, count) < until_ms:
+    while length.start_ms(anchor_ms, count) < until_ms:
         count += 1
     return count
 
@@ -96,7 +101,7 @@ def rate(rights: Iterable[Right], records: Iterable[usage_pb2.UsageRecord], now_
     for right in rights:
         terms = right.entitlement.display_terms
         if terms.price_minor or terms.period:
-            lines.append(_period_line(right, now_ms))
+            lines.extend(_period_line(right, now_ms))
         lines.extend(_use_lines(right, used[right.entitlement.entitlement_id]))
     for line in lines:
         if max(line.amount_minor, line.quantity, line.declared_gap) > MAX_AMOUNT:
@@ -116,16 +121,21 @@ def total(lines: Iterable[Line]) -> int:
     return amount_minor
 
 
-def _period_line(right: Right, now_ms: int) -> Line:
+def _period_line(right: Right, now_ms: int) -> Iterable[Line]:
+    """What the account owes for periods, or for the right; nothing if an earlier owner paid it all."""
     terms = right.entitlement.display_terms
     until_ms = min(now_ms, right.ended_ms) if right.ended_ms else now_ms
-    count = started_periods(terms.period, right.granted_ms, until_ms, renews=terms.renews)
+    count = started_periods(terms.period, right.anchor_ms, until_ms, renews=terms.renews)
+    if right.granted_ms > right.anchor_ms:
+        count -= started_periods(terms.period, right.anchor_ms, right.granted_ms, renews=terms.renews)
+    if count <= 0:
+        return
     what = (
         f"{count} started period{'s' if count > 1 else ''} of {terms.period}"
         if terms.period
         else "single price"
     )
-    return Line(
+    yield Line(
         entitlement=right.entitlement,
         description=f"{right.title}: {what}",
         meter_id="",

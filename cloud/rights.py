@@ -7,17 +7,19 @@ of it leaves. Reads no clock and no randomness of its own.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 from cloud import catalogue as catalogue_module
-from cloud import director, token
+from cloud import director, findings, token
 from cloud.catalogue import Catalogue, Fresh
-from cloud.errors import ExistsError, NotFoundError, NotPossibleError, StartError
-from cloud.keyring import Keyring
-from cloud.model import HEAD_UNIT, Ecu, Release, Versions
+from cloud.config import Signer
+from cloud.errors import ExistsError, NotFoundError, NotPossibleError, SignerLimitError, StartError
+from cloud.keyring import Keyring, is_signed_by
+from cloud.model import HEAD_UNIT, Counter, Ecu, Release, Reported, Versions
 from cloud.plans import Period, Plan, PlanKind, Resale
 from cloud.store import EntitlementRow, SetRow, TokenRow, Transaction, VehicleRow
 from common import log
@@ -28,10 +30,23 @@ MAX_RIGHTS = 256
 """Most rights that one vehicle may have at a time."""
 RENEW_AHEAD_MS = 3 * 86_400_000
 """How long before its end a renewing right gets its next period."""
+YEAR_MS = 365 * 86_400_000
+"""Time over which swapped ECUs of one vehicle are counted."""
+HOUR_MS = 3_600_000
+SIGNER_ALARM_PERCENT = 80
+"""Part of a signer's limit at which the alarm comes."""
+MAX_JUMP = 1_000_000
+"""Most by which one restore moves a version or counter past what this database knows."""
+CATALOGUE_JUMP = 1_000_000
+"""By which the catalogue's snapshot and timestamp versions move at a confirmed restore."""
+SOLD = "the vehicle was sold"
+"""Why rights end at a sale."""
 
 _KINDS = {kind: entitlement_pb2.PlanKind.Value(f"PLAN_KIND_{kind.name}") for kind in PlanKind}
 _RESALES = {resale: entitlement_pb2.Resale.Value(f"RESALE_{resale.name}") for resale in Resale}
+_KEY_FOLDER = "token-keys/"
 _SUBSCRIPTION = _KINDS[PlanKind.SUBSCRIPTION]
+_STAYS = _RESALES[Resale.STAYS_WITH_VEHICLE]
 
 _log = log.get(__name__)
 
@@ -44,6 +59,37 @@ class Granted:
     version: int
 
 
+@dataclass(frozen=True)
+class Bundle:
+    """All rights of a vehicle as one file; `ends_ms`: when the vehicle no longer takes it."""
+
+    update: vehicle_service_pb2.TrustUpdate
+    ends_ms: int
+
+
+@dataclass(frozen=True)
+class Rebound:
+    """A vehicle with a replaced ECU.
+
+    Args:
+        version: of the set that carries the new tokens.
+        burning_tokens: switch the features off for ever on the ECU that was taken out.
+    """
+
+    version: int
+    burning_tokens: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class Sold:
+    """A sold vehicle: the rights of the new owner, those that went with the account before."""
+
+    owner_epoch: int
+    kept: tuple[EntitlementRow, ...]
+    ended: tuple[EntitlementRow, ...]
+    version: int
+
+
 class Rights:
     """The rules by which rights come, go on and end.
 
@@ -52,6 +98,7 @@ class Rights:
         catalogue: the signed catalogue.
         plans: the price list, by plan id.
         random: returns that many unpredictable bytes.
+        limits: of the signer, over the whole fleet.
     """
 
     def __init__(
@@ -60,8 +107,12 @@ class Rights:
         catalogue: Catalogue,
         plans: Mapping[str, Plan],
         random: Callable[[int], bytes],
+        limits: Signer = Signer(),  # noqa: B008 (frozen)
     ) -> None:
         self._keys, self._catalogue, self._plans, self._random = keys, catalogue, plans, random
+        self._limits = limits
+        self._token_key_id = token.key_id(keys.token)
+        self._shared_hashes = {item.path: hashlib.sha256(item.content).hexdigest() for item in keys.shared}
 
     # --- vehicles ---------------------------------------------------------
 
@@ -86,6 +137,110 @@ class Rights:
         self._publish(tx, vin, now_ms)
         return VehicleRow(vin, source, 0, b"")
 
+    def rebind(
+        self,
+        tx: Transaction,
+        vin: str,
+        ecu_identifier: str,
+        old_uid: bytes,
+        new_uid: bytes,
+        *,
+        per_year: int,
+        now_ms: int,
+    ) -> Rebound:
+        """Binds a vehicle's rights to the ECU that was put in the place of another.
+
+        The tokens of the old uid are burned first, then those of all rights
+        are signed for the new uid, with counters above all that the vehicle
+        has seen, and published as one set. Limits that an ECU counts by itself
+        (ignition cycles, operating time) begin anew on the new one: only the
+        old ECU knew what was left. The quota bounds what that gives away.
+
+        Args:
+            per_year: swaps that one vehicle may have within YEAR_MS.
+
+        Raises:
+            NotFoundError: no such vehicle, or it has no such ECU.
+            NotPossibleError: another ECU is on record, or the quota is used up.
+            ExistsError: the new ECU is built into a vehicle already.
+        """
+        known_vehicle(tx, vin)
+        old = next((ecu for ecu in tx.ecus(vin) if ecu.identifier == ecu_identifier), None)
+        if old is None:
+            raise NotFoundError(f"vehicle {vin} has no ECU {ecu_identifier}")
+        if old.uid != old_uid:
+            raise NotPossibleError(
+                f"ECU {ecu_identifier} of vehicle {vin} has another uid on record than {old_uid.hex()}; "
+                "read it from the ECU that was taken out"
+            )
+        owner = tx.ecu_owner(new_uid)
+        if owner is not None:
+            raise ExistsError(f"ECU uid {new_uid.hex()} is built into vehicle {owner}")
+        _check_quota(vin, tx.ecu_swaps(vin, now_ms - YEAR_MS), per_year)
+        self.refresh(tx, vin, now_ms)  # a right that has run out gets no new token
+        signed = [row for row in tx.tokens(vin) if row.ecu_identifier == ecu_identifier]
+        burning = [self._burn(tx, vin, old, row) for row in signed]
+        tx.replace_ecu(vin, ecu_identifier, new_uid, now_ms)
+        new = replace(old, uid=new_uid)
+        live = {
+            row.feature_id: entitlement_pb2.Entitlement.FromString(row.content)
+            for row in tx.entitlements(vin)
+            if not row.revoked_ms
+        }
+        for row in signed:
+            number = token.feature_number(row.content)
+            tx.raise_token_counter(new_uid, number, tx.token_counter(old_uid, number))
+            self._put_token(tx, vin, new, row.feature_id, number, live.get(row.feature_id))
+        return Rebound(self._publish(tx, vin, now_ms), tuple(burning))
+
+    def _burn(self, tx: Transaction, vin: str, ecu: Ecu, signed: TokenRow) -> bytes:
+        """Signs the token that ends a feature on this ECU for ever."""
+        number = token.feature_number(signed.content)
+        counter = tx.next_token_counter(ecu.uid, number)
+        return self._sign(vin, ecu.uid, number, counter, None)
+
+    def transfer(self, tx: Transaction, vin: str, account: str, now_ms: int) -> Sold:
+        """Gives a vehicle to its next owner, whose epoch begins.
+
+        A right that stays becomes one of the new account under a new id, so
+        that use before and after the sale is billed to the right one, and its
+        token stays as it is; periods that began before are the old account's.
+        All other rights end, and their tokens are burned. What the vehicle
+        reported of its features, and a claim that was not used, end as well.
+
+        Raises:
+            NotFoundError: no such vehicle.
+        """
+        owner_epoch = known_vehicle(tx, vin).owner_epoch + 1
+        self.refresh(tx, vin, now_ms)
+        kept, ended = [], []
+        for row in tx.entitlements(vin):
+            if row.revoked_ms:
+                continue
+            right = entitlement_pb2.Entitlement.FromString(row.content)
+            if right.resale == _STAYS:
+                tx.end_entitlement(row.entitlement_id, now_ms, SOLD)
+                right.entitlement_id, right.account = f"ent-{self._random(8).hex()}", account
+                right.trace_id = self._random(16).hex()
+                kept.append(
+                    replace(
+                        row,
+                        entitlement_id=right.entitlement_id,
+                        account=account,
+                        content=right.SerializeToString(deterministic=True),
+                        granted_ms=now_ms,
+                        owner_epoch=owner_epoch,
+                    )
+                )
+                tx.add_entitlement(kept[-1])
+            else:
+                self._end(tx, vin, row, SOLD, now_ms)
+                ended.append(replace(row, revoked_ms=now_ms, revoke_reason=SOLD))
+        tx.set_owner_epoch(vin, owner_epoch)
+        tx.replace_status(vin, {})
+        tx.end_claim(vin)
+        return Sold(owner_epoch, tuple(kept), tuple(ended), self._publish(tx, vin, now_ms))
+
     # --- rights -----------------------------------------------------------
 
     def grant(
@@ -101,7 +256,7 @@ class Rights:
             NotPossibleError: the vehicle has not the ECU, has the right, or had
                 its trial, or the feature is withdrawn.
         """
-        known_vehicle(tx, vin)
+        vehicle = known_vehicle(tx, vin)
         self.refresh(tx, vin, now_ms)  # a right that has run out blocks no new one
         plan = self._plans.get(plan_id)
         if plan is None:
@@ -122,6 +277,7 @@ class Rights:
             raise NotPossibleError(f"account {account} has had its trial of {plan.feature}")
         ecus = tx.ecus(vin)
         release = self._newest(vin, plan.feature, ecus)
+        _count(tx, "new_rights", self._limits.new_rights_per_hour, now_ms)
         right = self._right(plan, account, release, trace_id or self._random(16).hex(), now_ms)
         tx.add_entitlement(
             EntitlementRow(
@@ -131,9 +287,11 @@ class Rights:
                 account,
                 kind,
                 right.SerializeToString(deterministic=True),
-                now_ms,
-                0,
-                "",
+                granted_ms=now_ms,
+                revoked_ms=0,
+                revoke_reason="",
+                owner_epoch=vehicle.owner_epoch,
+                anchor_ms=now_ms,
             )
         )
         self._sign_token(tx, vin, ecus, release, right)
@@ -152,6 +310,7 @@ class Rights:
             raise NotFoundError(f"vehicle {vin} has no right {entitlement_id}")
         if row.revoked_ms:
             raise NotPossibleError(f"right {entitlement_id} has ended before: {row.revoke_reason}")
+        _count(tx, "revocations", self._limits.revocations_per_hour, now_ms)
         self._end(tx, vin, row, reason, now_ms)
         return self._publish(tx, vin, now_ms)
 
@@ -165,7 +324,8 @@ class Rights:
             True if a new set was signed.
         """
         signed = tx.vehicle_set(vin)
-        changed = signed is None or signed.expires_ms - now_ms < _ms(director.SET_RENEW_BELOW)
+        retired = any(token.signer_id(row.content) != self._token_key_id for row in tx.tokens(vin))
+        changed = signed is None or retired or self._is_stale(signed, now_ms)
         ecus = tx.ecus(vin)
         for row in tx.entitlements(vin):
             if row.revoked_ms:
@@ -174,16 +334,33 @@ class Rights:
             end_ms = right.validity.not_after_s * 1000
             renews = right.plan_kind == _SUBSCRIPTION and right.display_terms.renews
             if end_ms and renews and now_ms >= end_ms - RENEW_AHEAD_MS:
-                right.validity.not_after_s = _end_s(right, row.granted_ms, now_ms + RENEW_AHEAD_MS)
+                right.validity.not_after_s = _end_s(right, row.anchor_ms, now_ms + RENEW_AHEAD_MS)
                 tx.set_entitlement(row.entitlement_id, right.SerializeToString(deterministic=True))
                 changed = True
             elif end_ms and not renews and now_ms >= end_ms + right.offline_grace_s * 1000:
                 self._end(tx, vin, row, "its period is over", now_ms)
                 changed = True
         if changed:
-            self._renew_tokens(tx, vin, ecus)
+            if retired:
+                self._sign_tokens_again(tx, vin)
+            else:
+                self._renew_tokens(tx, vin, ecus)
             self._publish(tx, vin, now_ms)
         return changed
+
+    def _is_stale(self, signed: SetRow, now_ms: int) -> bool:
+        """True if a set is about to expire, of replaced keys, or without what all vehicles get now."""
+        listed = {
+            path: target["hashes"]["sha256"]
+            for path, target in json.loads(signed.targets)["signed"]["targets"].items()
+            if path == director.TLS_PATH or path.startswith(_KEY_FOLDER)
+        }
+        return (
+            listed != self._shared_hashes
+            or signed.expires_ms - now_ms < _ms(director.SET_RENEW_BELOW)
+            or not is_signed_by(signed.targets, self._keys.director_targets)
+            or not is_signed_by(signed.snapshot, self._keys.director.snapshot)
+        )
 
     # --- what a vehicle is sent -------------------------------------------
 
@@ -191,7 +368,7 @@ class Rights:
         self,
         tx: Transaction,
         vin: str,
-        nonce: bytes,
+        nonce: bytes | None,
         has_director: Versions,
         has_catalogue: Versions,
         now_ms: int,
@@ -199,7 +376,7 @@ class Rights:
         """Answers a nonce with the signed time and with whatever is newer than the vehicle has.
 
         Args:
-            nonce: 16 bytes that nothing has answered yet.
+            nonce: 16 bytes that nothing has answered yet; None for a file.
             has_director, has_catalogue: versions that the vehicle trusts.
         """
         known_vehicle(tx, vin)
@@ -219,20 +396,138 @@ class Rights:
             now_ms=now_ms,
         )
         update.director.roots.extend(keys.roots_after(has_director.root))
-        if row.version > has_director.snapshot:
+        # Behind a new root, versions begin anew: the vehicle may have been led ahead by a stolen key.
+        behind = keys.is_behind(has_director.root)
+        if behind or row.version > has_director.snapshot:
             update.director.snapshot = row.snapshot
-        if row.version > has_director.targets:
+        if behind or row.version > has_director.targets:
             update.director.targets = row.targets
             self._add_targets(tx, vin, row, update)
         self._add_catalogue(tx, has_catalogue, update, now_ms)
-        if row.version < has_director.targets:
-            _log.error(
-                "the vehicle has a newer set than this database: was it restored from a backup?",
-                vin=vin,
-                vehicle_version=has_director.targets,
-                database_version=row.version,
-            )
         return update
+
+    def bundle(self, tx: Transaction, vin: str, now_ms: int) -> Bundle:
+        """Signs all rights of a vehicle as one file, complete from the first root on.
+
+        Raises:
+            NotFoundError: no such vehicle.
+            NotPossibleError: the vehicle is known to trust newer versions, and would refuse it.
+        """
+        known_vehicle(tx, vin)
+        if any(row.kind == findings.CLOUD_BEHIND for row in tx.findings(vin)):
+            raise NotPossibleError(
+                f"vehicle {vin} trusts newer versions than this database and would refuse the file; "
+                "after a restore: fod-cloud confirm-restore, then let the vehicle connect once"
+            )
+        update = self.update(tx, vin, None, Versions(), Versions(), now_ms)
+        fresh, signed = tx.fresh(), tx.vehicle_set(vin)
+        assert fresh is not None
+        assert signed is not None
+        ends_ms = now_ms // 1000 * 1000 + _ms(director.OFFLINE_LIFETIME)
+        return Bundle(update, min(ends_ms, fresh.expires_ms, signed.expires_ms))
+
+    # --- after a restore ----------------------------------------------------
+
+    def confirm_restore(self, tx: Transaction, backup_ms: int, until_ms: int, now_ms: int) -> None:
+        """Opens the window in which versions may move past what vehicles report.
+
+        The catalogue's own versions jump once, by CATALOGUE_JUMP: no vehicle is believed for them.
+        """
+        tx.add_restore(backup_ms, until_ms, now_ms)
+        previous = self.fresh_catalogue(tx, now_ms)
+        ahead = replace(
+            previous,
+            snapshot_version=previous.snapshot_version + CATALOGUE_JUMP,
+            timestamp_version=previous.timestamp_version + CATALOGUE_JUMP,
+        )
+        tx.put_fresh(catalogue_module.sign_fresh(self._catalogue, self._keys.catalogue, ahead, now_ms))
+
+    def catch_up(self, tx: Transaction, vin: str, reported: Reported, now_ms: int) -> bool:
+        """Makes sure that the next update is not older than what a vehicle trusts.
+
+        A vehicle that reports more than this database knows gets nothing until
+        an operator has confirmed a restore; within the window of one, versions
+        and counters move past what it reports, once, by at most MAX_JUMP.
+
+        Returns:
+            False if the vehicle would refuse the next update as a rollback.
+        """
+        if self._keys.director.is_behind(reported.director.root):  # versions begin anew
+            tx.end_findings(vin, findings.CLOUD_BEHIND)
+            return True
+        signed = tx.vehicle_set(vin)
+        assert signed is not None
+        ahead = self._ahead(tx, vin, signed, reported)
+        held = any(row.kind == findings.CLOUD_BEHIND for row in tx.findings(vin))
+        if not ahead and not held:
+            return True
+        restore = tx.open_restore(now_ms)
+        if restore is None or tx.caught_up(vin) == restore.id:
+            reason = "was the database restored from a backup? then: fod-cloud confirm-restore"
+        elif reported.owner_epoch > known_vehicle(tx, vin).owner_epoch:
+            reason = "its sale was lost with the restore: complete it again"
+        elif any(theirs - ours > MAX_JUMP for ours, theirs in ahead.values()):
+            reason = f"more than {MAX_JUMP} ahead: no restore explains that"
+        else:
+            self._move_past(tx, vin, signed, reported, now_ms)
+            tx.set_caught_up(vin, restore.id)
+            tx.end_findings(vin, findings.CLOUD_BEHIND)
+            moved = {what: list(pair) for what, pair in ahead.items()}
+            tx.audit("cloud", "caught-up", vin, now_ms, restore_id=restore.id, moved=moved)
+            return True
+        if ahead:
+            text = f"it trusts newer versions than this database; {reason}"
+            facts = {what: {"here": ours, "vehicle": theirs} for what, (ours, theirs) in ahead.items()}
+            findings.add(tx, vin, findings.CLOUD_BEHIND, text, now_ms, versions=facts)
+        return False
+
+    def _ahead(
+        self, tx: Transaction, vin: str, signed: SetRow, reported: Reported
+    ) -> dict[str, tuple[int, int]]:
+        """What a vehicle has newer than this database: what -> (here, on the vehicle)."""
+        pairs = {
+            "targets": (signed.version, reported.director.targets),
+            "snapshot": (signed.version, reported.director.snapshot),
+            "timestamp": (signed.timestamp_version, reported.director.timestamp),
+            "owner epoch": (known_vehicle(tx, vin).owner_epoch, reported.owner_epoch),
+        }
+        for uid, number, found in self._counters(tx, vin, reported):
+            name = f"token counter of {found.ecu_identifier}/{found.feature_id}"
+            pairs[name] = (tx.token_counter(uid, number), found.counter)
+        return {what: pair for what, pair in pairs.items() if pair[0] < pair[1]}
+
+    def _counters(self, tx: Transaction, vin: str, reported: Reported) -> list[tuple[bytes, int, Counter]]:
+        """Reported counters of ECUs and features that exist: uid, feature number, counter."""
+        uids = {ecu.identifier: ecu.uid for ecu in tx.ecus(vin)}
+        return [
+            (uids[found.ecu_identifier], releases[-1].feature_number, found)
+            for found in reported.counters
+            if found.ecu_identifier in uids
+            and (releases := self._catalogue.releases.get(found.feature_id))
+            and releases[-1].feature_number
+        ]
+
+    def _move_past(self, tx: Transaction, vin: str, signed: SetRow, reported: Reported, now_ms: int) -> None:
+        """Signs tokens and set anew, above all that the vehicle reported."""
+        for uid, number, found in self._counters(tx, vin, reported):
+            tx.raise_token_counter(uid, number, found.counter)
+        tx.raise_timestamp_version(vin, reported.director.timestamp)
+        above = max(signed.version, reported.director.targets, reported.director.snapshot)
+        self._sign_tokens_again(tx, vin)
+        self._publish(tx, vin, now_ms, above=above)
+
+    def _sign_tokens_again(self, tx: Transaction, vin: str) -> None:
+        """Signs every token of a vehicle anew, with the next counter; burned ones stay burned."""
+        ecus = {ecu.identifier: ecu for ecu in tx.ecus(vin)}
+        live = {
+            row.feature_id: entitlement_pb2.Entitlement.FromString(row.content)
+            for row in tx.entitlements(vin)
+            if not row.revoked_ms
+        }
+        for row in tx.tokens(vin):
+            number = token.feature_number(row.content)
+            right = live.get(row.feature_id)
+            self._put_token(tx, vin, ecus[row.ecu_identifier], row.feature_id, number, right)
 
     def _add_targets(
         self, tx: Transaction, vin: str, row: SetRow, update: vehicle_service_pb2.TrustUpdate
@@ -240,6 +535,8 @@ class Rights:
         # What the signed set lists, not what is newest now: the catalogue may have grown since.
         listed = json.loads(row.targets)["signed"]["targets"]
         update.director_targets.add(path=director.ENTITLEMENTS_PATH, content=row.entitlements)
+        for item in self._keys.shared:
+            update.director_targets.add(path=item.path, content=item.content)
         for signed in tx.tokens(vin):
             path = director.token_path(signed.ecu_identifier, signed.feature_id)
             if path in listed:
@@ -254,11 +551,12 @@ class Rights:
     ) -> None:
         fresh = self.fresh_catalogue(tx, now_ms)
         update.catalogue.roots.extend(self._keys.catalogue.roots_after(has.root))
-        if fresh.timestamp_version > has.timestamp:
+        behind = self._keys.catalogue.is_behind(has.root)
+        if behind or fresh.timestamp_version > has.timestamp:
             update.catalogue.timestamp = fresh.timestamp
-        if fresh.snapshot_version > has.snapshot:
+        if behind or fresh.snapshot_version > has.snapshot:
             update.catalogue.snapshot = fresh.snapshot
-        if self._catalogue.targets_version > has.targets:
+        if behind or self._catalogue.targets_version > has.targets:
             update.catalogue.targets = self._catalogue.targets
 
     def check(self, tx: Transaction) -> None:
@@ -297,7 +595,9 @@ class Rights:
     def fresh_catalogue(self, tx: Transaction, now_ms: int) -> Fresh:
         """The catalogue's snapshot and timestamp, signed anew where due."""
         previous = tx.fresh()
-        if previous is not None and not catalogue_module.needs_fresh(self._catalogue, previous, now_ms):
+        if previous is not None and not catalogue_module.needs_fresh(
+            self._catalogue, self._keys.catalogue, previous, now_ms
+        ):
             return previous
         fresh = catalogue_module.sign_fresh(self._catalogue, self._keys.catalogue, previous, now_ms)
         tx.put_fresh(fresh)
@@ -377,21 +677,31 @@ class Rights:
     ) -> None:
         """Signs the next token of a feature; without a right, one that burns all older ones."""
         counter = tx.next_token_counter(ecu.uid, feature_number)
+        content = self._sign(vin, ecu.uid, feature_number, counter, right)
+        tx.put_token(vin, TokenRow(ecu.identifier, feature_id, ecu.hardware_id, counter, content))
+
+    def _sign(
+        self,
+        vin: str,
+        uid: bytes,
+        feature_number: int,
+        counter: int,
+        right: entitlement_pb2.Entitlement | None,
+    ) -> bytes:
         terms = {}
         if right is not None and right.validity.ignition_cycles:
             terms[token.TERM_IGNITION_CYCLES] = right.validity.ignition_cycles
         if right is not None and right.validity.operating_s:
             terms[token.TERM_OPERATING_S] = right.validity.operating_s
-        content = token.sign(
+        return token.sign(
             self._keys.token,
             vin=vin,
-            uid=ecu.uid,
+            uid=uid,
             feature_number=feature_number,
             counter=counter,
             state=token.DENIED if right is None else token.ALLOWED,
             terms=terms,
         )
-        tx.put_token(vin, TokenRow(ecu.identifier, feature_id, ecu.hardware_id, counter, content))
 
     def _end(self, tx: Transaction, vin: str, row: EntitlementRow, reason: str, now_ms: int) -> None:
         """Ends a right and burns what was signed for it, whatever the catalogue says by now."""
@@ -440,13 +750,13 @@ class Rights:
         ]
         return sorted(chosen, key=lambda r: r.path)
 
-    def _publish(self, tx: Transaction, vin: str, now_ms: int) -> int:
-        """Signs the next version of a vehicle's set; returns the version."""
+    def _publish(self, tx: Transaction, vin: str, now_ms: int, *, above: int = 0) -> int:
+        """Signs the next version of a vehicle's set, higher than `above` too; returns the version."""
         previous = tx.vehicle_set(vin)
-        version = 1 if previous is None else previous.version + 1
+        version = max(0 if previous is None else previous.version, above) + 1
         live = [row for row in tx.entitlements(vin) if not row.revoked_ms]
         rights = [entitlement_pb2.Entitlement.FromString(row.content) for row in live]
-        listed = director.entitlements(vin, version, rights)
+        listed = director.entitlements(vin, version, known_vehicle(tx, vin).owner_epoch, rights)
         releases = self._releases(tx, vin)
         known = {r.feature_id for r in releases}
         features = [
@@ -466,7 +776,7 @@ class Rights:
         result = director.sign_set(
             vin,
             version,
-            [listed, *features, *tokens],
+            [listed, *self._keys.shared, *features, *tokens],
             targets_key=self._keys.director_targets,
             snapshot_key=self._keys.director.snapshot,
             now_ms=now_ms,
@@ -490,6 +800,19 @@ def known_vehicle(tx: Transaction, vin: str) -> VehicleRow:
     return vehicle
 
 
+def _count(tx: Transaction, kind: str, limit: int, now_ms: int) -> None:
+    """Counts what an operator has signed for the fleet, in hours of Unix time.
+
+    Raises:
+        SignerLimitError: it is more than the limit; the transaction must not be stored.
+    """
+    count = tx.count_signing(kind, now_ms // HOUR_MS)
+    if count > limit:
+        raise SignerLimitError(kind, limit)
+    if count == -(-limit * SIGNER_ALARM_PERCENT // 100):
+        tx.audit("cloud", "signer-limit-near", "", now_ms, alarm=True, kind=kind, count=count, limit=limit)
+
+
 def live_traces(tx: Transaction, vin: str) -> list[str]:
     """Trace-ids of the grants of a vehicle's live rights."""
     live = [row.content for row in tx.entitlements(vin) if not row.revoked_ms]
@@ -502,15 +825,32 @@ def _fits(release: Release, ecus: Sequence[Ecu]) -> bool:
     return any(e.identifier == release.ecu_identifier and e.hardware_id == release.hardware_id for e in ecus)
 
 
-def _end_s(right: entitlement_pb2.Entitlement, granted_ms: int, now_ms: int) -> int:
+def _check_quota(vin: str, swaps: Sequence[int], per_year: int) -> None:
+    """Refuses a swap beyond the quota.
+
+    Args:
+        swaps: when ECUs of the vehicle were swapped within the last YEAR_MS, oldest first.
+    """
+    if len(swaps) < per_year:
+        return
+    again = "this cloud allows none"
+    if per_year:
+        moment = datetime.fromtimestamp((swaps[-per_year] + YEAR_MS) // 1000, UTC)
+        again = f"possible again from {moment:%Y-%m-%d %H:%M:%SZ}"
+    raise NotPossibleError(
+        f"{len(swaps)} ECUs of vehicle {vin} were swapped within 365 days, the limit is {per_year}; {again}"
+    )
+
+
+def _end_s(right: entitlement_pb2.Entitlement, anchor_ms: int, now_ms: int) -> int:
     """End of the period in which `now_ms` lies, Unix seconds."""
     period = Period.parse(right.display_terms.period)
     assert period is not None
     index = 1
-    while period.start_ms(granted_ms, index) <= now_ms:
+    while period.start_ms(anchor_ms, index) <= now_ms:
         index += 1
     # Rounded up: a period that ends before its last millisecond would begin anew until that has passed.
-    return -(-period.start_ms(granted_ms, index) // 1000)
+    return -(-period.start_ms(anchor_ms, index) // 1000)
 
 
 def _ms(duration: timedelta) -> int:

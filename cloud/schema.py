@@ -27,6 +27,9 @@ vehicles = sa.Table(
     sa.Column("created_ms", sa.BigInteger, nullable=False),
     sa.Column("enrolled_ms", sa.BigInteger, nullable=False),
     sa.Column("last_update", sa.LargeBinary, nullable=False),
+    sa.Column("blocked_ms", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("owner_epoch", sa.Integer, nullable=False, server_default="1"),
+    sa.Column("wrong_claims", sa.Integer, nullable=False, server_default="0"),
 )
 
 ecus = sa.Table(
@@ -57,6 +60,28 @@ devices = sa.Table(
     sa.Column("ended_ms", sa.BigInteger, nullable=False),
 )
 
+# The open code of a sale; a row goes when it is used, replaced or guessed at too often.
+transfers = sa.Table(
+    "transfers",
+    metadata,
+    _vin(primary_key=True),
+    sa.Column("code_hash", sa.LargeBinary(32), nullable=False),
+    sa.Column("expires_ms", sa.BigInteger, nullable=False),
+    sa.Column("wrong_tries", sa.Integer, nullable=False),
+)
+
+ecu_swaps = sa.Table(
+    "ecu_swaps",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    _vin(),
+    sa.Column("at_ms", sa.BigInteger, nullable=False),
+    sa.Column("ecu_identifier", sa.String(48), nullable=False),
+    sa.Column("old_uid", sa.LargeBinary(16), nullable=False),
+    sa.Column("new_uid", sa.LargeBinary(16), nullable=False),
+    sa.Index("ix_ecu_swaps_vin", "vin"),
+)
+
 entitlements = sa.Table(
     "entitlements",
     metadata,
@@ -69,6 +94,8 @@ entitlements = sa.Table(
     sa.Column("granted_ms", sa.BigInteger, nullable=False),
     sa.Column("revoked_ms", sa.BigInteger, nullable=False),
     sa.Column("revoke_reason", sa.String(256), nullable=False),
+    sa.Column("owner_epoch", sa.Integer, nullable=False, server_default="1"),
+    sa.Column("anchor_ms", sa.BigInteger, nullable=False, server_default="0"),
     sa.Index("ix_entitlements_vin", "vin"),
 )
 
@@ -113,6 +140,7 @@ usage_records = sa.Table(
     sa.Column("content", sa.LargeBinary, nullable=False),
     sa.Column("hash", sa.LargeBinary(32), nullable=False),
     sa.Column("stored_ms", sa.BigInteger, nullable=False),
+    sa.Column("owner_epoch", sa.Integer, nullable=False, server_default="1"),
 )
 
 receipts = sa.Table(
@@ -152,6 +180,46 @@ audit_log = sa.Table(
     sa.Column("action", sa.String(32), nullable=False),
     sa.Column("vin", sa.String(17), nullable=False),
     sa.Column("detail", sa.Text, nullable=False),
+    sa.Column("alarm", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Index("ix_audit_log_vin", "vin"),
+)
+
+# What does not fit about a vehicle, in words; each finding once.
+findings = sa.Table(
+    "findings",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    _vin(),
+    sa.Column("kind", sa.String(32), nullable=False),
+    sa.Column("text", sa.Text, nullable=False),
+    sa.Column("found_ms", sa.BigInteger, nullable=False),
+    sa.Index("ix_findings_vin", "vin"),
+)
+
+restores = sa.Table(
+    "restores",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("backup_ms", sa.BigInteger, nullable=False),
+    sa.Column("confirmed_ms", sa.BigInteger, nullable=False),
+    sa.Column("until_ms", sa.BigInteger, nullable=False),
+)
+
+# The restore after which a vehicle's versions were last moved past what it reported.
+caught_up = sa.Table(
+    "caught_up",
+    metadata,
+    _vin(primary_key=True),
+    sa.Column("restore_id", sa.Integer, nullable=False),
+)
+
+# What the signer did in the newest hour in which it did anything, over the whole fleet.
+signer_hours = sa.Table(
+    "signer_hours",
+    metadata,
+    sa.Column("kind", sa.String(32), primary_key=True),
+    sa.Column("hour", sa.BigInteger, nullable=False),
+    sa.Column("count", sa.BigInteger, nullable=False),
 )
 
 # What each version of a plan meant when it was first offered: rights refer to it for ever.

@@ -42,6 +42,7 @@ KEEPALIVE_TIMEOUT_MS = 20_000
 """How long it may take to answer."""
 CLIENT_PING_MIN_MS = 10_000
 """How often a client may ask the same."""
+DAY_MS = 86_400_000
 STOP_GRACE_S = 2.0
 """How long calls under way may go on after SIGTERM."""
 
@@ -99,14 +100,14 @@ async def start(
     Raises:
         ConfigError, StartError: something is missing, unreadable or does not fit.
     """
+    credentials = _credentials(settings, client_ca=settings.server.client_ca)
+    enrolment_credentials = _credentials(settings, client_ca=None)
     keys = keyring.load(settings)
     signed = catalogue.load(settings.catalogue.repository, keys.catalogue.root)
     prices = plans.read(settings.plans, signed.releases)
-    credentials = _credentials(settings, client_ca=settings.server.client_ca)
-    enrolment_credentials = _credentials(settings, client_ca=None)
 
     store = await asyncio.to_thread(Store, config.database_url(path, settings.store))
-    rights = Rights(keys, signed, prices, random)
+    rights = Rights(keys, signed, prices, random, settings.signer)
     try:
         await store.run(rights.check)
     except StartError:
@@ -121,6 +122,8 @@ async def start(
         changes,
         vehicles,
         claim_ttl_s=settings.enrolment.claim_ttl_s,
+        ownership=settings.ownership,
+        restore_window_ms=settings.restore.window_days * DAY_MS,
         now_ms=now_ms,
         random=random,
     )
@@ -129,7 +132,7 @@ async def start(
     operator_service_pb2_grpc.add_OperatorServiceServicer_to_server(operators, main)
     enrolment = grpc.aio.server(options=_OPTIONS)
     vehicle_service_pb2_grpc.add_EnrolmentServiceServicer_to_server(
-        EnrolmentService(store, keys, now_ms), enrolment
+        EnrolmentService(store, keys, vehicles, now_ms), enrolment
     )
     try:
         port = _listen(main, settings.server.listen, credentials)

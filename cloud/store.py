@@ -30,21 +30,34 @@ from cloud import schema
 from cloud.catalogue import Fresh
 from cloud.errors import StartError
 from cloud.model import Ecu
+from common import log
 
 T = TypeVar("T")
 
 _SINGLE = 1
 """Primary key of the only row of catalogue_state."""
 
+_log = log.get(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class VehicleRow:
-    """A registered vehicle; `last_update` is a serialised UpdateResult, empty before the first."""
+    """A registered vehicle.
+
+    Args:
+        last_update: serialised UpdateResult, empty before the first.
+        blocked_ms: when it was blocked, 0 if it is not.
+        owner_epoch: counts its owners, from 1.
+        wrong_claims: enrolments refused since its newest claim was made.
+    """
 
     vin: str
     source: str
     enrolled_ms: int
     last_update: bytes
+    blocked_ms: int = 0
+    owner_epoch: int = 1
+    wrong_claims: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +70,38 @@ class ClaimRow:
 
 
 @dataclass(frozen=True, slots=True)
+class TransferRow:
+    """The open code of a sale."""
+
+    code_hash: bytes
+    expires_ms: int
+    wrong_tries: int
+
+
+@dataclass(frozen=True, slots=True)
+class AuditRow:
+    """One entry of the audit log; `detail` is JSON."""
+
+    id: int
+    at_ms: int
+    actor: str
+    action: str
+    vin: str
+    detail: str
+    alarm: bool
+
+
+@dataclass(frozen=True, slots=True)
 class EntitlementRow:
-    """A right with its history; `content` is a serialised Entitlement, `revoked_ms` 0 while it lives."""
+    """A right with its history.
+
+    Args:
+        content: serialised Entitlement.
+        granted_ms: since when this account has it.
+        revoked_ms: 0 while it lives.
+        owner_epoch: of the owner who has or had it.
+        anchor_ms: when its first period began; before `granted_ms` if it came with a bought vehicle.
+    """
 
     entitlement_id: str
     vin: str
@@ -69,6 +112,8 @@ class EntitlementRow:
     granted_ms: int
     revoked_ms: int
     revoke_reason: str
+    owner_epoch: int
+    anchor_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +159,24 @@ class ReceiptRow:
 
 
 @dataclass(frozen=True, slots=True)
+class FindingRow:
+    """What does not fit about a vehicle, in words."""
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreRow:
+    """A restore of this database that an operator confirmed."""
+
+    id: int
+    backup_ms: int
+    confirmed_ms: int
+    until_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class RequestRow:
     """The answer that an operator's request got before."""
 
@@ -132,14 +195,14 @@ class Transaction:
     def lock_vehicle(self, vin: str) -> VehicleRow | None:
         """Reads a vehicle and keeps other writers from it until the end."""
         table = schema.vehicles
-        query = sa.select(table.c.vin, table.c.source, table.c.enrolled_ms, table.c.last_update)
+        query = sa.select(*(table.c[name] for name in VehicleRow.__slots__))
         row = self._connection.execute(query.where(table.c.vin == vin).with_for_update()).one_or_none()
         return VehicleRow(*row) if row else None
 
     def vehicles(self) -> list[VehicleRow]:
         """All vehicles, by VIN."""
         table = schema.vehicles
-        query = sa.select(table.c.vin, table.c.source, table.c.enrolled_ms, table.c.last_update)
+        query = sa.select(*(table.c[name] for name in VehicleRow.__slots__))
         return [VehicleRow(*row) for row in self._connection.execute(query.order_by(table.c.vin))]
 
     def add_vehicle(self, vin: str, source: str, ecus: Iterable[Ecu], now_ms: int) -> None:
@@ -169,6 +232,33 @@ class Transaction:
         table = schema.ecus
         return self._connection.scalar(sa.select(table.c.vin).where(table.c.uid == uid))
 
+    def replace_ecu(self, vin: str, ecu_identifier: str, new_uid: bytes, now_ms: int) -> None:
+        """Puts another ECU in the place of one, and remembers the swap."""
+        table = schema.ecus
+        mine = (table.c.vin == vin) & (table.c.ecu_identifier == ecu_identifier)
+        old_uid = self._connection.execute(sa.select(table.c.uid).where(mine)).scalar_one()
+        self._connection.execute(table.update().where(mine).values(uid=new_uid))
+        self._insert(
+            schema.ecu_swaps,
+            {
+                "vin": vin,
+                "at_ms": now_ms,
+                "ecu_identifier": ecu_identifier,
+                "old_uid": old_uid,
+                "new_uid": new_uid,
+            },
+        )
+
+    def ecu_swaps(self, vin: str, since_ms: int) -> list[int]:
+        """When ECUs of a vehicle were swapped after `since_ms`, oldest first."""
+        table = schema.ecu_swaps
+        query = sa.select(table.c.at_ms).where((table.c.vin == vin) & (table.c.at_ms > since_ms))
+        return list(self._connection.scalars(query.order_by(table.c.at_ms)))
+
+    def set_owner_epoch(self, vin: str, owner_epoch: int) -> None:
+        """Begins another owner's time."""
+        self._put(schema.vehicles, {"vin": vin}, {"owner_epoch": owner_epoch})
+
     def set_last_update(self, vin: str, content: bytes) -> None:
         """Keeps how the vehicle's last trust update ended."""
         self._put(schema.vehicles, {"vin": vin}, {"last_update": content})
@@ -179,6 +269,17 @@ class Transaction:
         """Makes the vehicle's only claim; an older one ends."""
         values = {"token_hash": token_hash, "expires_ms": expires_ms, "used_ms": 0}
         self._put(schema.claims, {"vin": vin}, values)
+        self.set_wrong_claims(vin, 0)
+
+    def end_claim(self, vin: str) -> None:
+        """Ends the vehicle's claim, if there is one."""
+        table = schema.claims
+        self._connection.execute(table.delete().where(table.c.vin == vin))
+
+    def set_wrong_claims(self, vin: str, count: int) -> None:
+        """Keeps how many enrolments of a registered vehicle were refused."""
+        table = schema.vehicles
+        self._connection.execute(table.update().where(table.c.vin == vin).values(wrong_claims=count))
 
     def claim(self, vin: str) -> ClaimRow | None:
         """The vehicle's claim."""
@@ -187,13 +288,16 @@ class Transaction:
         row = self._connection.execute(query.where(table.c.vin == vin)).one_or_none()
         return ClaimRow(*row) if row else None
 
-    def enrol(self, vin: str, fingerprint: bytes, certificate: bytes, now_ms: int) -> None:
-        """Uses up the claim and makes this certificate the vehicle's only valid one."""
-        devices, claims, vehicles = schema.devices, schema.claims, schema.vehicles
-        still_valid = (devices.c.vin == vin) & (devices.c.ended_ms == 0)
-        self._connection.execute(devices.update().where(still_valid).values(ended_ms=now_ms))
+    def enrol(self, vin: str, fingerprint: bytes, certificate: bytes, now_ms: int) -> list[bytes]:
+        """Uses up the claim and makes this certificate the vehicle's only valid one; ends a block.
+
+        Returns:
+            the fingerprints of the certificates that it replaces.
+        """
+        claims, vehicles = schema.claims, schema.vehicles
+        ended = self.end_devices(vin, now_ms)
         self._insert(
-            devices,
+            schema.devices,
             {
                 "fingerprint": fingerprint,
                 "vin": vin,
@@ -203,13 +307,51 @@ class Transaction:
             },
         )
         self._connection.execute(claims.update().where(claims.c.vin == vin).values(used_ms=now_ms))
-        self._connection.execute(vehicles.update().where(vehicles.c.vin == vin).values(enrolled_ms=now_ms))
+        values = {"enrolled_ms": now_ms, "blocked_ms": 0}
+        self._connection.execute(vehicles.update().where(vehicles.c.vin == vin).values(**values))
+        return ended
+
+    def end_devices(self, vin: str, now_ms: int) -> list[bytes]:
+        """Ends the vehicle's certificates; returns the fingerprints of those that were valid."""
+        table = schema.devices
+        still_valid = (table.c.vin == vin) & (table.c.ended_ms == 0)
+        ended = list(self._connection.scalars(sa.select(table.c.fingerprint).where(still_valid)))
+        self._connection.execute(table.update().where(still_valid).values(ended_ms=now_ms))
+        return ended
+
+    def block(self, vin: str, now_ms: int) -> None:
+        """Marks a vehicle as blocked; its next enrolment ends that."""
+        self._put(schema.vehicles, {"vin": vin}, {"blocked_ms": now_ms})
 
     def device_vin(self, fingerprint: bytes) -> str | None:
         """VIN for which a certificate is valid now; None if it never was or has ended."""
         table = schema.devices
         valid = (table.c.fingerprint == fingerprint) & (table.c.ended_ms == 0)
         return self._connection.scalar(sa.select(table.c.vin).where(valid))
+
+    # --- sale -------------------------------------------------------------
+
+    def put_transfer(self, vin: str, code_hash: bytes, expires_ms: int) -> None:
+        """Makes the vehicle's only open code; an older one ends."""
+        values = {"code_hash": code_hash, "expires_ms": expires_ms, "wrong_tries": 0}
+        self._put(schema.transfers, {"vin": vin}, values)
+
+    def transfer(self, vin: str) -> TransferRow | None:
+        """The vehicle's open code."""
+        table = schema.transfers
+        columns = [table.c[name] for name in TransferRow.__slots__]
+        row = self._connection.execute(sa.select(*columns).where(table.c.vin == vin)).one_or_none()
+        return TransferRow(*row) if row else None
+
+    def set_wrong_tries(self, vin: str, count: int) -> None:
+        """Keeps how often a wrong code was tried."""
+        table = schema.transfers
+        self._connection.execute(table.update().where(table.c.vin == vin).values(wrong_tries=count))
+
+    def end_transfer(self, vin: str) -> None:
+        """Ends the vehicle's open code, if there is one."""
+        table = schema.transfers
+        self._connection.execute(table.delete().where(table.c.vin == vin))
 
     # --- rights -----------------------------------------------------------
 
@@ -269,12 +411,21 @@ class Transaction:
 
     def next_token_counter(self, ecu_uid: bytes, feature_number: int) -> int:
         """Takes the next counter of one feature in one physical ECU, from 1."""
+        counter = self.token_counter(ecu_uid, feature_number) + 1
+        self.raise_token_counter(ecu_uid, feature_number, counter)
+        return counter
+
+    def token_counter(self, ecu_uid: bytes, feature_number: int) -> int:
+        """The last counter of one feature in one physical ECU, 0 before the first."""
         table = schema.token_counters
         mine = (table.c.ecu_uid == ecu_uid) & (table.c.feature_number == feature_number)
-        last = self._connection.scalar(sa.select(table.c.counter).where(mine)) or 0
-        key = {"ecu_uid": ecu_uid, "feature_number": feature_number}
-        self._put(table, key, {"counter": last + 1})
-        return int(last) + 1
+        return self._connection.scalar(sa.select(table.c.counter).where(mine)) or 0
+
+    def raise_token_counter(self, ecu_uid: bytes, feature_number: int, at_least: int) -> None:
+        """Makes the next counter of one feature in one physical ECU higher than `at_least`."""
+        if self.token_counter(ecu_uid, feature_number) < at_least:
+            key = {"ecu_uid": ecu_uid, "feature_number": feature_number}
+            self._put(schema.token_counters, key, {"counter": at_least})
 
     def put_token(self, vin: str, row: TokenRow) -> None:
         """Replaces the token of one feature in one ECU."""
@@ -334,8 +485,10 @@ class Transaction:
         query = sa.select(table.c.seq, table.c.hash).where(mine & table.c.seq.between(first, last))
         return {seq: digest for seq, digest in self._connection.execute(query)}  # noqa: C416 (as in status)
 
-    def add_usage(self, source: str, rows: Sequence[UsageRow], now_ms: int) -> None:
-        """Stores new records for ever."""
+    def add_usage(
+        self, source: str, rows: Sequence[UsageRow], owner_epochs: Sequence[int], now_ms: int
+    ) -> None:
+        """Stores new records for ever, each with the epoch of the owner that it belongs to."""
         self._connection.execute(
             schema.usage_records.insert(),
             [
@@ -346,20 +499,28 @@ class Transaction:
                     "content": row.content,
                     "hash": row.hash,
                     "stored_ms": now_ms,
+                    "owner_epoch": owner_epoch,
                 }
-                for row in rows
+                for row, owner_epoch in zip(rows, owner_epochs, strict=True)
             ],
         )
 
     def usage(
-        self, source: str, after: tuple[str, int] = ("", 0), limit: int | None = None
+        self,
+        source: str,
+        after: tuple[str, int] = ("", 0),
+        limit: int | None = None,
+        *,
+        owner_epoch: int | None = None,
     ) -> list[UsageRow]:
-        """Records of a vehicle behind a position, by (journal, seq)."""
+        """Records of a vehicle behind a position, of one owner or of all, by (journal, seq)."""
         table = schema.usage_records
         columns = [table.c[name] for name in UsageRow.__slots__]
         journal, seq = after
         behind = (table.c.journal_id > journal) | ((table.c.journal_id == journal) & (table.c.seq > seq))
         query = sa.select(*columns).where((table.c.source == source) & behind)
+        if owner_epoch is not None:
+            query = query.where(table.c.owner_epoch == owner_epoch)
         query = query.order_by(table.c.journal_id, table.c.seq).limit(limit)
         return [UsageRow(*row) for row in self._connection.execute(query)]
 
@@ -386,11 +547,39 @@ class Transaction:
             },
         )
 
-    def audit(self, actor: str, action: str, vin: str, now_ms: int, **detail: object) -> None:
-        """Writes who did what to the audit log; never pass a secret."""
+    def audit(
+        self, actor: str, action: str, vin: str, now_ms: int, *, alarm: bool = False, **detail: object
+    ) -> None:
+        """Writes who did what to the audit log; never pass a secret.
+
+        Args:
+            actor: "operator:NAME", "vehicle" or "cloud".
+            vin: empty if it is about no vehicle.
+            alarm: a person should look at it; it is logged at error level too.
+        """
         text = json.dumps(detail, sort_keys=True)
-        values = {"at_ms": now_ms, "actor": actor, "action": action, "vin": vin, "detail": text}
+        values = {
+            "at_ms": now_ms,
+            "actor": actor,
+            "action": action,
+            "vin": vin,
+            "detail": text,
+            "alarm": alarm,
+        }
         self._insert(schema.audit_log, values)
+        if alarm:
+            _log.error("alarm", action=action, vin=vin, actor=actor, detail=text)
+
+    def audit_page(self, vin: str, *, alarms_only: bool, after: int, limit: int) -> list[AuditRow]:
+        """Entries behind an id, of one vehicle or (empty VIN) of all, oldest first."""
+        table = schema.audit_log
+        query = sa.select(*(table.c[name] for name in AuditRow.__slots__)).where(table.c.id > after)
+        if vin:
+            query = query.where(table.c.vin == vin)
+        if alarms_only:
+            query = query.where(table.c.alarm)
+        rows = self._connection.execute(query.order_by(table.c.id).limit(limit))
+        return [AuditRow(*row) for row in rows]
 
     def audit_entries(self, vin: str) -> list[tuple[str, str, dict[str, Any]]]:
         """Actor, action and detail of a vehicle's entries, oldest first."""
@@ -398,6 +587,64 @@ class Transaction:
         query = sa.select(table.c.actor, table.c.action, table.c.detail).where(table.c.vin == vin)
         rows = self._connection.execute(query.order_by(table.c.id))
         return [(actor, action, json.loads(detail)) for actor, action, detail in rows]
+
+    def add_finding(self, vin: str, kind: str, text: str, now_ms: int) -> None:
+        """Keeps what does not fit about a vehicle."""
+        self._insert(schema.findings, {"vin": vin, "kind": kind, "text": text, "found_ms": now_ms})
+
+    def findings(self, vin: str) -> list[FindingRow]:
+        """What does not fit about a vehicle, oldest first."""
+        table = schema.findings
+        query = sa.select(table.c.kind, table.c.text).where(table.c.vin == vin).order_by(table.c.id)
+        return [FindingRow(*row) for row in self._connection.execute(query)]
+
+    def end_findings(self, vin: str, kind: str) -> None:
+        """Forgets the findings of one kind; the audit log keeps them."""
+        table = schema.findings
+        self._connection.execute(table.delete().where(table.c.vin == vin, table.c.kind == kind))
+
+    def add_restore(self, backup_ms: int, until_ms: int, now_ms: int) -> None:
+        """Keeps that an operator confirmed a restore of this database."""
+        values = {"backup_ms": backup_ms, "confirmed_ms": now_ms, "until_ms": until_ms}
+        self._insert(schema.restores, values)
+
+    def open_restore(self, now_ms: int) -> RestoreRow | None:
+        """The newest confirmed restore, if its window is open."""
+        table = schema.restores
+        columns = [table.c[name] for name in RestoreRow.__slots__]
+        query = sa.select(*columns).where(table.c.until_ms > now_ms).order_by(table.c.id.desc()).limit(1)
+        row = self._connection.execute(query).one_or_none()
+        return RestoreRow(*row) if row else None
+
+    def caught_up(self, vin: str) -> int:
+        """The restore after which the vehicle's versions were last moved on; 0 for none."""
+        table = schema.caught_up
+        return self._connection.scalar(sa.select(table.c.restore_id).where(table.c.vin == vin)) or 0
+
+    def set_caught_up(self, vin: str, restore_id: int) -> None:
+        """Keeps that the vehicle's versions were moved on after this restore."""
+        self._put(schema.caught_up, {"vin": vin}, {"restore_id": restore_id})
+
+    def raise_timestamp_version(self, vin: str, at_least: int) -> None:
+        """Makes the next timestamp version of a vehicle that has a set higher than `at_least`."""
+        table = schema.vehicle_sets
+        behind = (table.c.vin == vin) & (table.c.timestamp_version < at_least)
+        self._connection.execute(table.update().where(behind).values(timestamp_version=at_least))
+
+    def count_signing(self, kind: str, hour: int) -> int:
+        """Counts one more of a kind; returns the count of this hour.
+
+        A clock that goes back begins no new hour.
+        """
+        table = schema.signer_hours
+        query = sa.select(table.c.hour, table.c.count).where(table.c.kind == kind)
+        row = self._connection.execute(query).one_or_none()
+        if row is not None and row[0] >= hour:
+            hour, count = row[0], row[1] + 1
+        else:
+            count = 1
+        self._put(schema.signer_hours, {"kind": kind}, {"hour": hour, "count": count})
+        return int(count)
 
     def plan_terms(self) -> dict[tuple[str, int], bytes]:
         """SHA-256 of the terms of every plan that was ever offered, by id and version."""

@@ -15,18 +15,19 @@ from dataclasses import dataclass
 import grpc
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from cloud import enrolment, identity, ingest, rights
+from cloud import enrolment, findings, identity, ingest, rights
 from cloud.changes import Changes, Topic
 from cloud.director import NONCE_BYTES
 from cloud.errors import (
     ClaimError,
     ForbiddenError,
+    ForkError,
     InvalidRequestError,
     RequestError,
     UsageError,
 )
 from cloud.keyring import Keyring
-from cloud.model import IDENTIFIER_PATTERN, Versions
+from cloud.model import IDENTIFIER_PATTERN, Counter, Reported, Versions
 from cloud.rights import Rights
 from cloud.store import Store, Transaction
 from common import log
@@ -40,6 +41,10 @@ MAX_REASON = 256
 """Longest reason in a status, characters."""
 MAX_ID = 64
 """Longest identifier of a right or a trace in a status, characters."""
+MAX_COUNTERS = 256
+"""Most token counters in one hello."""
+MAX_READ_BACK = 64
+"""Longest read-back in evidence, bytes."""
 MAX_ENROLMENTS = 4
 """Most enrolments at a time; their callers are strangers, and the others wait."""
 MAX_ERROR = 1_024
@@ -53,23 +58,22 @@ _log = log.get(__name__)
 class EnrolmentService(vehicle_service_pb2_grpc.EnrolmentServiceServicer):
     """Turns claims into device certificates."""
 
-    def __init__(self, store: Store, keys: Keyring, now_ms: Callable[[], int]) -> None:
-        self._store, self._keys, self._now_ms = store, keys, now_ms
+    def __init__(
+        self, store: Store, keys: Keyring, vehicles: VehicleService, now_ms: Callable[[], int]
+    ) -> None:
+        self._store, self._keys, self._vehicles, self._now_ms = store, keys, vehicles, now_ms
         self._places = asyncio.Semaphore(MAX_ENROLMENTS)
 
     async def Enroll(self, request: pb.EnrollRequest, context: identity.Context) -> pb.EnrollResponse:  # noqa: N802
-        """Issues the device certificate of a pre-authorised VIN."""
+        """Issues the device certificate of a pre-authorised VIN; the one before ends, and its stream."""
 
-        def work(tx: Transaction) -> enrolment.Issued:
-            return enrolment.enrol(
-                tx,
-                request.vin,
-                request.claim_token,
-                key,
-                self._keys.enrolment_ca,
-                self._keys.enrolment_key,
-                self._now_ms(),
-            )
+        def work(tx: Transaction) -> enrolment.Issued | ClaimError:
+            ca, ca_key, now_ms = self._keys.enrolment_ca, self._keys.enrolment_key, self._now_ms()
+            try:
+                return enrolment.enrol(tx, request.vin, request.claim_token, key, ca, ca_key, now_ms)
+            except ClaimError as error:
+                enrolment.note_refusal(tx, request.vin, str(error), now_ms)
+                return error  # returned, so that the note is stored
 
         try:
             # Callers are not known yet: their requests are checked before the database is locked.
@@ -78,12 +82,10 @@ class EnrolmentService(vehicle_service_pb2_grpc.EnrolmentServiceServicer):
                 issued = await self._store.run(work)
         except InvalidRequestError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        except ClaimError as error:
-            # One answer for all reasons: a guesser learns nothing. The log has the reason.
-            _log.warning("enrolment refused", vin=repr(request.vin[:20]), reason=str(error))
-            await context.abort(
-                grpc.StatusCode.UNAUTHENTICATED, "the claim is unknown, used, expired or of another VIN"
-            )
+        if isinstance(issued, ClaimError):
+            _log.warning("enrolment refused", vin=repr(request.vin[:20]), reason=str(issued))
+            await context.abort(identity.status_code(issued), issued.told)
+        self._vehicles.end_stream(request.vin, "a later enrolment replaced this certificate")
         _log.info("vehicle enrolled", vin=request.vin, source=issued.source)
         return pb.EnrollResponse(certificate_der=issued.certificate_der, source=issued.source)
 
@@ -93,7 +95,8 @@ class _Stream:
     """One vehicle's open stream.
 
     Args:
-        wake: set when rights of the vehicle have changed, or a newer stream took over.
+        wake: set when rights of the vehicle have changed, or the stream is to end.
+        ended: why this certificate may no longer be served; empty while it may.
         nonce: offered by the vehicle and not answered yet.
         due: the vehicle is to get an update as soon as there is a nonce.
         signed_ms: time that was last signed to it.
@@ -104,6 +107,7 @@ class _Stream:
     source: str
     wake: asyncio.Event
     superseded: bool = False
+    ended: str = ""
     opened: bool = False
     nonce: bytes | None = None
     due: bool = False
@@ -111,6 +115,13 @@ class _Stream:
     retried_ms: int = 0
     director: Versions = Versions()
     catalogue: Versions = Versions()
+    counters: tuple[Counter, ...] = ()
+    owner_epoch: int = 0
+
+    @property
+    def reported(self) -> Reported:
+        """What the vehicle says that it trusts of its director."""
+        return Reported(self.director, self.counters, self.owner_epoch)
 
     @property
     def vin(self) -> str:
@@ -138,13 +149,23 @@ class VehicleService(vehicle_service_pb2_grpc.VehicleServiceServicer):
         """True while the vehicle's stream is open."""
         return vin in self._streams
 
+    def end_stream(self, vin: str, reason: str) -> None:
+        """Ends the vehicle's stream at once, if one is open.
+
+        Called after its certificate has ended, so that no new one can begin.
+        """
+        stream = self._streams.pop(vin, None)
+        if stream is not None:
+            stream.ended = reason
+            stream.wake.set()
+
     async def Connect(  # noqa: N802 (named by the contract)
         self, request_iterator: AsyncIterator[pb.ConnectRequest], context: identity.Context
     ) -> AsyncIterator[pb.ConnectResponse]:
         """Serves one vehicle for as long as its stream lasts."""
         try:
             device = identity.device(context)
-            source = await self._admit(device)
+            source = await self._store.run(lambda tx: _admit(tx, device))
             with self._changes.watch(Topic.RIGHTS, device.vin) as wake:
                 stream = _Stream(device, source, wake)
                 self._take_over(stream)
@@ -160,19 +181,8 @@ class VehicleService(vehicle_service_pb2_grpc.VehicleServiceServicer):
             await context.abort(identity.status_code(error), str(error))
         if stream.superseded:
             await context.abort(grpc.StatusCode.ABORTED, "a newer stream of this vehicle took over")
-
-    async def _admit(self, device: identity.Device) -> str:
-        """Refuses a certificate that a later enrolment replaced; returns the vehicle's pseudonym."""
-
-        def work(tx: Transaction) -> str | None:
-            vehicle = tx.lock_vehicle(device.vin)
-            known = tx.device_vin(device.fingerprint) == device.vin
-            return vehicle.source if vehicle is not None and known else None
-
-        source = await self._store.run(work)
-        if source is None:
-            raise ForbiddenError(f"the certificate is not (or no longer) the one of vehicle {device.vin}")
-        return source
+        if stream.ended:
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, stream.ended)
 
     def _take_over(self, stream: _Stream) -> None:
         older = self._streams.get(stream.vin)
@@ -189,7 +199,7 @@ class VehicleService(vehicle_service_pb2_grpc.VehicleServiceServicer):
         try:
             while True:
                 await asyncio.wait({read, wake}, return_when=asyncio.FIRST_COMPLETED)
-                if stream.superseded:
+                if stream.superseded or stream.ended:
                     return
                 if wake.done():
                     stream.wake.clear()
@@ -202,8 +212,9 @@ class VehicleService(vehicle_service_pb2_grpc.VehicleServiceServicer):
                     for response in await self._answer(stream, request):
                         yield response
                     read = asyncio.ensure_future(anext(requests, None))
-                if stream.due and stream.nonce is not None:
-                    yield await self._update(stream)
+                if stream.due and stream.nonce is not None and not stream.ended:
+                    for response in await self._update(stream):
+                        yield response
         finally:
             read.cancel()
             wake.cancel()
@@ -233,34 +244,46 @@ class VehicleService(vehicle_service_pb2_grpc.VehicleServiceServicer):
         stream.opened = True
         stream.nonce = _nonce(hello.nonce)
         stream.director, stream.catalogue = _versions(hello.director), _versions(hello.catalogue)
+        stream.counters, stream.owner_epoch = _counters(hello), hello.owner_epoch
+        now_ms = self._now_ms()
+        await self._store.run(lambda tx: findings.note_set_back(tx, stream.vin, stream.reported, now_ms))
         _log.info(
             "stream opened",
             vin=stream.vin,
             agent_version=hello.agent_version[:64],
             director_targets=stream.director.targets,
         )
-        responses = [await self._update(stream)]
+        responses = await self._update(stream)
         receipt = await self._store.run(lambda tx: tx.receipt(stream.source, hello.journal_id[:16]))
         if receipt is not None:
             signed = usage_pb2.SignedUsageReceipt.FromString(receipt.content)
             responses.append(pb.ConnectResponse(receipt=signed))
         return responses
 
-    async def _update(self, stream: _Stream) -> pb.ConnectResponse:
-        """Answers the unused nonce; a change that comes meanwhile is due again."""
+    async def _update(self, stream: _Stream) -> list[pb.ConnectResponse]:
+        """Answers the unused nonce; a change that comes meanwhile is due again.
+
+        The nonce stays unused while the vehicle would refuse the answer as a rollback.
+        """
         nonce, stream.nonce, stream.due = stream.nonce, None, False
         assert nonce is not None
         now_ms = self._now_ms()
 
-        def work(tx: Transaction) -> pb.TrustUpdate:
+        def work(tx: Transaction) -> pb.TrustUpdate | None:
+            _admit(tx, stream.device)  # another process may have ended it
+            if not self._rights.catch_up(tx, stream.vin, stream.reported, now_ms):
+                return None
             return self._rights.update(tx, stream.vin, nonce, stream.director, stream.catalogue, now_ms)
 
         update = await self._store.run(work)
+        if update is None:
+            stream.nonce = nonce
+            return []
         stream.signed_ms = now_ms
         if update.director.targets:
             traces = await self._store.run(lambda tx: rights.live_traces(tx, stream.vin))
             _log.info("rights pushed", vin=stream.vin, trace_ids=",".join(traces))
-        return pb.ConnectResponse(trust_update=update)
+        return [pb.ConnectResponse(trust_update=update)]
 
     async def _update_result(self, stream: _Stream, result: pb.UpdateResult) -> None:
         _bounded("update_result.error", result.error, MAX_ERROR)
@@ -290,8 +313,18 @@ class VehicleService(vehicle_service_pb2_grpc.VehicleServiceServicer):
             _bounded("feature_status.reason", status.reason, MAX_REASON)
             _bounded("feature_status.entitlement_id", status.entitlement_id, MAX_ID)
             _bounded("feature_status.trace_id", status.trace_id, MAX_ID)
+            _bounded("feature_status.evidence.finding", status.evidence.finding, MAX_REASON)
+            _bounded("feature_status.evidence.read_back", status.evidence.read_back.hex(), 2 * MAX_READ_BACK)
         features = {s.feature_id: s.SerializeToString(deterministic=True) for s in report.features}
-        await self._store.run(lambda tx: tx.replace_status(stream.vin, features))
+        now_ms = self._now_ms()
+
+        def work(tx: Transaction) -> None:
+            tx.replace_status(stream.vin, features)
+            for status in report.features:
+                if status.HasField("evidence"):
+                    findings.note_evidence(tx, stream.vin, status, now_ms)
+
+        await self._store.run(work)
         self._changes.notify(Topic.STATUS, stream.vin)
 
     async def _usage(self, stream: _Stream, signed: usage_pb2.SignedUsageBatch) -> pb.ConnectResponse:
@@ -325,6 +358,9 @@ class VehicleService(vehicle_service_pb2_grpc.VehicleServiceServicer):
     ) -> pb.ConnectResponse:
         _log.warning("usage refused", source=stream.source, error=error.kind, reason=str(error))
         journal_id = ingest.claimed_journal(signed)
+        if isinstance(error, ForkError):
+            fork, now_ms = error, self._now_ms()
+            await self._store.run(lambda tx: findings.note_fork(tx, stream.vin, fork, now_ms))
         stored = await self._store.run(lambda tx: tx.receipt(stream.source, journal_id))
         return pb.ConnectResponse(
             usage_refusal=pb.UsageRefusal(
@@ -336,6 +372,20 @@ class VehicleService(vehicle_service_pb2_grpc.VehicleServiceServicer):
         )
 
 
+def _admit(tx: Transaction, device: identity.Device) -> str:
+    """The vehicle's pseudonym, if this certificate is the one that counts now.
+
+    Raises:
+        ForbiddenError: it has ended: replaced by a later enrolment, or the vehicle is blocked.
+    """
+    vehicle = tx.lock_vehicle(device.vin)
+    if vehicle is not None and tx.device_vin(device.fingerprint) == device.vin:
+        return vehicle.source
+    if vehicle is not None and vehicle.blocked_ms:
+        raise ForbiddenError(f"vehicle {device.vin} is blocked; a new claim lets it in again")
+    raise ForbiddenError(f"the certificate is not (or no longer) the one of vehicle {device.vin}")
+
+
 def _nonce(nonce: bytes) -> bytes:
     if len(nonce) != NONCE_BYTES:
         raise InvalidRequestError("nonce", expected=f"{NONCE_BYTES} bytes", found=len(nonce))
@@ -344,6 +394,14 @@ def _nonce(nonce: bytes) -> bytes:
 
 def _versions(versions: pb.RepositoryVersions) -> Versions:
     return Versions(versions.root, versions.timestamp, versions.snapshot, versions.targets)
+
+
+def _counters(hello: pb.Hello) -> tuple[Counter, ...]:
+    if len(hello.token_counters) > MAX_COUNTERS:
+        raise InvalidRequestError(
+            "hello.token_counters", expected=f"at most {MAX_COUNTERS}", found=len(hello.token_counters)
+        )
+    return tuple(Counter(c.ecu_identifier, c.feature_id, c.counter) for c in hello.token_counters)
 
 
 def _bounded(field: str, text: str, limit: int) -> None:

@@ -149,7 +149,7 @@ def forged(vin: str, feature_file: bytes) -> Bundle:
         terms={},
     )
     items = [
-        director.entitlements(vin, VERSION, [right]),
+        director.entitlements(vin, VERSION, 1, [right]),
         director.Item(FEATURE_PATH, feature_file, SEAT_ECU, SEAT_HARDWARE, 1),
         director.Item(TOKEN_PATH, cose, SEAT_ECU, SEAT_HARDWARE, VERSION),
     ]

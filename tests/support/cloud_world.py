@@ -19,17 +19,24 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import sqlalchemy as sa
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
 from cryptography.x509.oid import NameOID
 from tuf.api.metadata import TargetFile
 from tuf.ngclient._internal.trusted_metadata_set import TrustedMetadataSet
 from tuf.ngclient.config import EnvelopeType
 
-from cloud import config, server
-from keys import catalogue, ceremony
+from cloud import config, schema, server
+from cloud.store import Transaction
+from keys import catalogue, ceremony, certificates
 from openfod.entitlement.v1 import entitlement_pb2
 from openfod.operator.v1 import operator_service_pb2 as operator_pb2
 from openfod.operator.v1 import operator_service_pb2_grpc
@@ -43,6 +50,7 @@ OTHER_VIN = "WFDSEAT10N0000002"
 ECU = "seat-module"
 HARDWARE = "openfod-seat-1"
 ACCOUNT = "acc-4711"
+NEW_ACCOUNT = "acc-0815"
 JOURNAL = "00112233445566aa"
 START_MS = int(datetime(2026, 3, 31, 12, tzinfo=UTC).timestamp()) * 1000
 DAY_MS = 86_400_000
@@ -112,6 +120,85 @@ class World:
         folder = self.keys / "operator"
         channel = self.channel((folder / "operator.key").read_bytes(), (folder / "operator.crt").read_bytes())
         return operator_service_pb2_grpc.OperatorServiceStub(channel)
+
+    def as_operator(self, name: str, role: str = "operator") -> Any:
+        """The operator API, as another operator, in any role that a certificate can name."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        ca = x509.load_pem_x509_certificate((self.keys / "enrolment/ca.crt").read_bytes())
+        ca_key = load_pem_private_key((self.keys / "enrolment/ca.key").read_bytes(), None)
+        assert isinstance(ca_key, ec.EllipticCurvePrivateKey)
+        certificate = certificates.operator(name, key.public_key(), ca, ca_key, role=role)
+        device = Device("", key, certificate, "")
+        channel = self.channel(device.key_pem, certificate.public_bytes(Encoding.PEM))
+        return operator_service_pb2_grpc.OperatorServiceStub(channel)
+
+    async def state(self) -> dict[str, list[tuple[object, ...]]]:
+        """Every row of every table, but for the audit log and the counts of wrong tries."""
+        counts = {"wrong_tries", "wrong_claims"}
+
+        def dump(tx: Transaction) -> dict[str, list[tuple[object, ...]]]:
+            found = {}
+            for name, table in schema.metadata.tables.items():
+                if name != "audit_log":
+                    columns = [column for column in table.columns if column.name not in counts]
+                    rows = tx._connection.execute(sa.select(*columns).order_by(*columns))
+                    found[name] = [tuple(row) for row in rows]
+            return found
+
+        return await self.cloud.store.run(dump)
+
+    async def audit(self, **fields: Any) -> list[operator_pb2.AuditEntry]:
+        """The audit log, as the first operator reads it."""
+        answer = await self.operator.ListAudit(operator_pb2.ListAuditRequest(**fields))
+        return list(answer.entries)
+
+    async def claim(self, vin: str = VIN) -> operator_pb2.CreateClaimResponse:
+        """Makes a claim for a second enrolment."""
+        request = operator_pb2.CreateClaimRequest(vin=vin, reason="key lost", request_id=str(uuid.uuid4()))
+        answer: operator_pb2.CreateClaimResponse = await self.operator.CreateClaim(request)
+        return answer
+
+    async def block(self, vin: str = VIN) -> operator_pb2.BlockVehicleResponse:
+        """Blocks a vehicle."""
+        request = operator_pb2.BlockVehicleRequest(vin=vin, reason="stolen", request_id=str(uuid.uuid4()))
+        answer: operator_pb2.BlockVehicleResponse = await self.operator.BlockVehicle(request)
+        return answer
+
+    async def rebind(
+        self, new_uid: bytes, old_uid: bytes = b"", vin: str = VIN, *, stub: Any = None
+    ) -> operator_pb2.RebindEcuResponse:
+        """Swaps the seat module, as the first operator or another."""
+        request = operator_pb2.RebindEcuRequest(
+            vin=vin,
+            ecu_identifier=ECU,
+            old_uid=old_uid or uid(vin),
+            new_uid=new_uid,
+            reason="water damage",
+            request_id=str(uuid.uuid4()),
+        )
+        answer: operator_pb2.RebindEcuResponse = await (stub or self.operator).RebindEcu(request)
+        return answer
+
+    async def begin_transfer(self, vin: str = VIN) -> operator_pb2.BeginTransferResponse:
+        """Begins a sale."""
+        request = operator_pb2.BeginTransferRequest(vin=vin, request_id=str(uuid.uuid4()))
+        answer: operator_pb2.BeginTransferResponse = await self.operator.BeginTransfer(request)
+        return answer
+
+    async def complete_transfer(
+        self, code: str, vin: str = VIN, account: str = NEW_ACCOUNT
+    ) -> operator_pb2.CompleteTransferResponse:
+        """Completes a sale."""
+        request = operator_pb2.CompleteTransferRequest(
+            vin=vin, transfer_code=code, account=account, request_id=str(uuid.uuid4())
+        )
+        answer: operator_pb2.CompleteTransferResponse = await self.operator.CompleteTransfer(request)
+        return answer
+
+    async def sell(self, vin: str = VIN) -> operator_pb2.CompleteTransferResponse:
+        """Sells a vehicle to the next account."""
+        begun = await self.begin_transfer(vin)
+        return await self.complete_transfer(begun.transfer_code, vin)
 
     async def add_vehicle(
         self, vin: str = VIN, *, with_ecu: bool = True

@@ -125,9 +125,95 @@ def test_every_reading_command_speaks_json(running: Running, capsys: pytest.Capt
     assert json.loads(capsys.readouterr().out)["vehicle"]["vin"] == VIN
     assert _run(running, "grant", VIN, "logbook-per-km", "--account", ACCOUNT, "--json") == 0
     assert json.loads(capsys.readouterr().out)["grant"]["entitlement"]["feature_id"] == "drivers-logbook"
-    for words in (["vehicle", "list"], ["entitlements", VIN], ["usage", VIN], ["invoice", VIN]):
+    for words in (
+        ["vehicle", "list"],
+        ["entitlements", VIN],
+        ["usage", VIN],
+        ["invoice", VIN],
+        ["audit", "--vin", VIN],
+    ):
         assert _run(running, *words, "--json") == 0
         json.loads(capsys.readouterr().out)
+
+
+NEW_UID = bytes(range(16))
+
+
+def test_from_a_lost_key_to_the_next_owner(running: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    _add(running)
+    running.do(running.world.enroll(VIN, capsys.readouterr().out.splitlines()[-1]))
+    assert _run(running, "grant", VIN, "seat-heating-for-ever", "--account", ACCOUNT) == 0
+    assert _run(running, "grant", VIN, "logbook-per-km", "--account", ACCOUNT) == 0
+    capsys.readouterr()
+
+    assert _run(running, "vehicle", "block", VIN, "--reason", "stolen") == 0
+    assert f"blocked {VIN}; its rights go on" in capsys.readouterr().out
+    assert _run(running, "vehicle", "list") == 0
+    assert "blocked 2026-03-31" in capsys.readouterr().out
+    assert _run(running, "vehicle", "claim", VIN, "--reason", "found again") == 0
+    words = capsys.readouterr().out
+    assert "shown only now, valid until 2026-03-31 13:00:00Z" in words
+    running.do(running.world.enroll(VIN, words.splitlines()[-1]))
+
+    swap = ("vehicle", "rebind", VIN, ECU, uid(VIN).hex(), NEW_UID.hex(), "--reason", "water")
+    assert _run(running, *swap) == 0
+    words = capsys.readouterr().out
+    assert f"{ECU} of {VIN} is now {NEW_UID.hex()}" in words
+    assert bytes.fromhex(words.splitlines()[-1])[:1] == b"\xd2"  # a tagged COSE_Sign1
+
+    assert _run(running, "vehicle", "transfer", "begin", VIN) == 0
+    code = capsys.readouterr().out.splitlines()[-1]
+    sale = ("vehicle", "transfer", "complete", VIN, "--account", "acc-0815", "--code")
+    assert _run(running, *sale, "guess") == 1
+    assert capsys.readouterr().err == (
+        "error: the code is unknown, used, late or of another vehicle; "
+        "ask the present owner for a new one: fod-cloud vehicle transfer begin\n"
+    )
+    assert _run(running, *sale, code) == 0
+    words = capsys.readouterr().out
+    assert words.startswith(f"sold {VIN} to acc-0815, its owner 2\n")
+    assert [line.split("  ")[-1].strip() for line in words.splitlines()[-2:]] == [
+        "stays with the vehicle",
+        "ended",
+    ]
+
+    assert _run(running, "audit", "--vin", VIN) == 0
+    words = capsys.readouterr().out
+    assert "operator:operator  complete-transfer" in words
+    assert _run(running, "audit", "--alarms") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2  # headers alone
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (("claim", "--reason", "lost"), "claim_token"),
+        (("block", "--reason", "lost"), "vehicle"),
+        (("rebind", ECU, uid(VIN).hex(), NEW_UID.hex(), "--reason", "wet"), "burning_tokens"),
+        (("transfer", "begin"), "transfer_code"),
+    ],
+)
+def test_every_flow_speaks_json(
+    running: Running, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], found: str
+) -> None:
+    _add(running)
+    capsys.readouterr()
+    name, *more = words
+    place = [name, more.pop(0)] if name == "transfer" else [name]
+    assert _run(running, "vehicle", *place, VIN, *more, "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert found in answer
+    if found == "transfer_code":
+        sale = ("complete", VIN, "--code", answer[found], "--account", "acc-0815", "--json")
+        assert _run(running, "vehicle", "transfer", *sale) == 0
+        assert json.loads(capsys.readouterr().out)["owner_epoch"] == 2
+
+
+def test_a_malformed_uid_is_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["vehicle", "rebind", VIN, ECU, "00", "11", "--reason", "x", "--config", "x"])
+    assert caught.value.code == 2
+    assert "expected a uid in 32 hex digits; found '00'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("state", ["ACTIVE", "FAULT"])

@@ -254,10 +254,10 @@ def test_writing_calls_are_in_the_audit_log_and_secrets_are_nowhere(tmp_path: Pa
         await world.revoke(granted.entitlement.entitlement_id)
         entries = await world.cloud.store.run(lambda tx: tx.audit_entries(VIN))
         assert [(actor, action) for actor, action, _ in entries] == [
-            ("operator", "create-vehicle"),
+            ("operator:operator", "create-vehicle"),
             ("vehicle", "enrol"),
-            ("operator", "grant"),
-            ("operator", "revoke"),
+            ("operator:operator", "grant"),
+            ("operator:operator", "revoke"),
         ]
         assert entries[2][2]["trace_id"] == granted.entitlement.trace_id
         await world.cloud.stop(0)
