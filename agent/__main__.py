@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
 from agent import __version__
 from agent.config import DEFAULT_PATH, AgentConfig, load
-from agent.errors import AgentError, TransportError
+from agent.errors import AgentError, ConditionError, NotRunningError, TransportError, TrustError
 from common import log
 from common.cli import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, fail, print_json, print_table
 from common.config import ConfigError
@@ -62,15 +64,37 @@ def _parser() -> argparse.ArgumentParser:
         "fod-agent enroll --config agent.toml --claim TOKEN",
     )
     enroll.add_argument("--claim", required=True, metavar="TOKEN", help="as printed by fod-cloud vehicle add")
+    enroll.add_argument(
+        "--again", action="store_true", help="replace the key and certificate of an enrolled vehicle"
+    )
     enroll.add_argument("--json", action="store_true", help="print one JSON document")
     command("run", _run, "Run the agent until it is told to end.", "fod-agent run --config agent.toml")
     status = command(
         "status",
         _status,
-        "Show rights, features, trusted time, journal and buses.",
+        "Show rights, features, trusted time, what will end soon, journal and buses.",
         "fod-agent status --config agent.toml --json",
     )
     status.add_argument("--json", action="store_true", help="print one JSON document")
+    take = command(
+        "import",
+        _import,
+        "Take rights from a file: for a workshop without network. Judged as the cloud's own answers are.",
+        "fod-agent import --config agent.toml VIN.bundle",
+    )
+    take.add_argument("file", type=Path, metavar="FILE", help="as written by fod-cloud export-bundle")
+    take.add_argument("--json", action="store_true", help="print one JSON document")
+    history = command(
+        "log",
+        _log,
+        "Show what was granted, changed and ended here, and what the ECUs said besides.",
+        "fod-agent log --config agent.toml --export log.jsonl",
+    )
+    history.add_argument("--json", action="store_true", help="print one JSON document")
+    files = history.add_mutually_exclusive_group()
+    files.add_argument("--export", type=Path, metavar="FILE", help="write the log to a new file")
+    files.add_argument("--verify", type=Path, metavar="FILE", help="check an export; reads nothing else")
+    history.add_argument("--head", metavar="HASH", help="head that the export must end at, from status")
     check = command(
         "check",
         _check,
@@ -85,26 +109,95 @@ def _enroll(config: AgentConfig, arguments: argparse.Namespace) -> int:
     from agent.adapters import identity, link
     from openfod.vehicle.v1 import vehicle_service_pb2 as pb
 
-    directory = config.state.directory
-    if identity.load(directory) is not None:
+    directory, cloud = config.state.directory, config.cloud
+    roots: tuple[bytes, ...] = (link.read_ca(cloud.root_ca),)
+    if arguments.again:
+        key = identity.stage(directory)
+        roots = _known_servers(config, roots[0])
+    elif identity.load(directory) is not None:
         raise AgentError(
-            f"this vehicle is enrolled already ({directory / identity.CERTIFICATE_FILE}); nothing was changed"
+            f"this vehicle is enrolled already ({directory / identity.CERTIFICATE_FILE}); nothing was"
+            " changed; with a new claim of the operator's: fod-agent enroll --again --claim TOKEN"
         )
-    key = identity.make_key(directory)
+    else:
+        key = identity.make_key(directory)
     request = pb.EnrollRequest(
         vin=config.vehicle.vin,
         claim_token=arguments.claim,
         csr_der=identity.make_csr(key, config.vehicle.vin),
     )
-    cloud = config.cloud
-    answer = link.enroll(cloud.enrolment_endpoint, link.read_ca(cloud.root_ca), cloud.server_name, request)
-    identity.save(directory, answer.certificate_der, answer.source)
+    answer = link.enroll(cloud.enrolment_endpoint, b"".join(roots), cloud.server_name, request)
+    keep = identity.swap if arguments.again else identity.save
+    keep(directory, answer.certificate_der, answer.source)
     if arguments.json:
         print_json({"vin": config.vehicle.vin, "source": answer.source, "directory": str(directory)})
     else:
         print(f"{config.vehicle.vin} is enrolled; its usage is reported as {answer.source}.")
         print(f"The device key was made here and stays in {directory / identity.KEY_FILE}.")
+        if arguments.again:
+            print("Rights and journal are kept. An agent that runs goes on with the old key: restart it.")
     return EXIT_DONE
+
+
+def _known_servers(config: AgentConfig, ca: bytes) -> tuple[bytes, ...]:
+    """How an enrolled vehicle knows the cloud: as its stored rights say."""
+    from agent.adapters.clock import SystemClock
+    from agent.adapters.link import server_roots
+    from agent.adapters.store import Store
+    from agent.boot import BUILD_MS, STORE_FILE, read
+
+    path = config.state.directory / STORE_FILE
+    if not path.exists():
+        return (ca,)
+    store = Store(path, boot_id=SystemClock().boot_id(), journal_id=None)
+    try:
+        start = read(config, store)
+    finally:
+        store.close()
+    anchors = start.verdict.rights.tls_anchors if start.verdict else ()
+    return server_roots(anchors, ca, max(start.stored.mark_ms, BUILD_MS))
+
+
+def _import(config: AgentConfig, arguments: argparse.Namespace) -> int:
+    from agent import importing
+    from agent.adapters import local_api
+
+    with arguments.file.open("rb") as file:
+        content = file.read(importing.MAX_BUNDLE_BYTES + 1)
+    try:
+        if len(content) > importing.MAX_BUNDLE_BYTES:  # refused here: no agent need be asked
+            raise NotRunningError
+        answer = local_api.bring(config.api_socket, content)
+    except NotRunningError:
+        try:
+            answer = importing.import_stored(config, content)
+        except (TrustError, ConditionError) as error:
+            answer = {"error": error.kind, "reason": str(error)}
+    taken = "error" not in answer
+    if arguments.json:
+        print_json({"taken": taken, **answer})
+    elif taken:
+        _print_import(answer)
+    else:
+        return fail(f"refused, nothing was changed: {answer['error']}: {answer['reason']}")
+    return EXIT_DONE if taken else EXIT_FAILED
+
+
+def _print_import(answer: dict[str, object]) -> None:
+    before, now = answer["rights_version_before"], answer["rights_version"]
+    print(f"Rights of version {now} are verified and stored (before: {before or 'none'}).")
+    words = {"gained": "New", "changed": "Changed", "ended": "Ended"}
+    rows = [
+        (word, entry["feature"], entry["entitlement"])
+        for key, word in words.items()
+        if isinstance(entries := answer[key], list)
+        for entry in entries
+    ]
+    if rows:
+        print_table(("", "feature", "right"), rows)
+    else:
+        print("No right has changed.")
+    print(f"Signed {_when(answer['signed_ms'])}; not a contact with the cloud.")
 
 
 def _run(config: AgentConfig, _arguments: argparse.Namespace) -> int:
@@ -117,7 +210,7 @@ def _status(config: AgentConfig, arguments: argparse.Namespace) -> int:
     from agent.adapters import local_api
 
     try:
-        status = local_api.ask(config.api_socket, "/v1/status")
+        status = local_api.ask(config.api_socket)
         status["running"] = True
     except TransportError as error:
         status = _stored_status(config)
@@ -130,13 +223,67 @@ def _status(config: AgentConfig, arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _log(config: AgentConfig, arguments: argparse.Namespace) -> int:
+    from agent.trust import grant_log
+
+    if arguments.verify is not None:
+        return _verify_log(arguments)
+    if arguments.head is not None:
+        return fail("--head goes with --verify", code=EXIT_USAGE)
+    contents = _stored_log(config)
+    head = grant_log.verify_chain(contents)
+    if arguments.export is not None:
+        with arguments.export.open("xb") as file:
+            file.write(grant_log.export(contents))
+    entries = [json.loads(content) for content in contents]
+    if arguments.json:
+        print_json({"entries": entries, "head": head.hash.hex()})
+    elif arguments.export is not None:
+        print(f"{head.seq} entries are in {arguments.export}; head {head.hash.hex()}")
+    else:
+        rows = [(_when(e["at_ms"]), e["kind"], e.get("feature", "-"), grant_log.summary(e)) for e in entries]
+        print_table(("time", "what", "feature", "facts"), rows)
+        print(f"{head.seq} entries, head {head.hash.hex()}")
+    return EXIT_DONE
+
+
+def _stored_log(config: AgentConfig) -> tuple[bytes, ...]:
+    from agent.adapters.clock import SystemClock
+    from agent.adapters.store import Store
+    from agent.boot import STORE_FILE
+
+    path = config.state.directory / STORE_FILE
+    if not path.exists():
+        return ()
+    store = Store(path, boot_id=SystemClock().boot_id(), journal_id=None)
+    try:
+        return store.grant_log()
+    finally:
+        store.close()
+
+
+def _verify_log(arguments: argparse.Namespace) -> int:
+    from agent.trust import grant_log
+
+    with arguments.verify.open("rb") as file:
+        content = file.read(grant_log.MAX_EXPORT_BYTES + 1)
+    head = grant_log.verify_export(content, expected_head=arguments.head)
+    if arguments.json:
+        print_json({"entries": head.seq, "head": head.hash.hex()})
+    else:
+        print(f"{arguments.verify} is whole: {head.seq} entries, head {head.hash.hex()}")
+        if arguments.head is None:
+            print("Compare the head with that of fod-agent status, or give it with --head.")
+    return EXIT_DONE
+
+
 def _stored_status(config: AgentConfig) -> dict[str, object]:
     """What the store says while no agent runs; reads only."""
     from agent.adapters import identity
     from agent.adapters.clock import SystemClock
     from agent.adapters.store import Store
-    from agent.app import STORE_FILE
-    from agent.trust.verifier import verify_stored
+    from agent.boot import BUILD_MS, STORE_FILE, read
+    from agent.trust.expiry import endings
 
     directory = config.state.directory
     known = identity.load(directory)
@@ -145,10 +292,14 @@ def _stored_status(config: AgentConfig) -> dict[str, object]:
         return status
     store = Store(directory / STORE_FILE, boot_id=SystemClock().boot_id(), journal_id=None)
     try:
-        stored = store.load()
+        start = read(config, store)
     finally:
         store.close()
-    status["time"] = {"unix_ms": stored.mark_ms, "uncertainty_ms": None, "source": "mark"}
+    stored = start.stored
+    now_ms = max(stored.mark_ms, BUILD_MS)
+    source = "mark" if stored.mark_ms > BUILD_MS else "build"
+    status["time"] = {"unix_ms": now_ms, "uncertainty_ms": None, "source": source}
+    status["problems"] = list(start.problems)
     status["last_contact_ms"] = stored.contact_ms
     status["journal"] = {
         "id": stored.head.journal_id,
@@ -156,11 +307,13 @@ def _stored_status(config: AgentConfig) -> dict[str, object]:
         "stored": stored.head.seq,
         "receipts_to": stored.acked_seq,
     }
-    if stored.as_of_ms:
-        verdict = verify_stored(
-            stored.trust, vin=config.vehicle.vin, as_of_ms=stored.as_of_ms, floors=stored.floors
-        )
+    status["log"] = {"entries": stored.log_head.seq, "head": stored.log_head.hash.hex()}
+    verdict = start.verdict
+    if verdict is not None:
         status["rights_version"] = verdict.rights.version
+        status["warnings"] = [
+            asdict(ending) for ending in endings(verdict.expires_ms, verdict.rights, now_ms)
+        ]
         status["features"] = [
             {
                 "feature": feature_id,
@@ -181,13 +334,18 @@ def _print_status(status: dict[str, object]) -> None:
         print(f"The agent is not running ({status['not_running']}).")
         print("What follows is what it has stored." if "journal" in status else "It has stored nothing yet.")
     else:
-        print(f"Cloud: {status['link']}; last signed answer {_when(status['last_contact_ms'])}")
+        why = f" ({status['link_reason']})" if status.get("link_reason") else ""
+        print(f"Cloud: {status['link']}{why}; last signed answer {_when(status['last_contact_ms'])}")
     moment = status.get("time")
     if isinstance(moment, dict):
         doubt = moment["uncertainty_ms"]
         known = isinstance(doubt, int) and doubt < 10**12
         unsure = f"at most {doubt} ms behind" if known else "uncertainty unknown"
         print(f"Trusted time: {_when(moment['unix_ms'])} ({moment['source']}, {unsure})")
+    for problem in _texts(status.get("problems")):
+        print(f"Problem: {problem}")
+    for ending in _texts(status.get("warnings"), "words"):
+        print(f"Warning: {ending}")
     if status.get("last_refusal"):
         print(f"Last refused update: {status['last_refusal']}")
     features = status.get("features")
@@ -212,6 +370,9 @@ def _print_status(status: dict[str, object]) -> None:
             f"\nJournal {journal['id']}: {journal['records']} records,"
             f" receipts up to {journal['receipts_to']}"
         )
+    history = status.get("log")
+    if isinstance(history, dict):
+        print(f"Log: {history['entries']} entries, head {history['head']}")
     buses = status.get("buses")
     if isinstance(buses, dict):
         counts = status.get("bus_counts")
@@ -233,6 +394,12 @@ def _counts(counts: dict[str, int]) -> str:
     )
 
 
+def _texts(found: object, key: str = "") -> list[str]:
+    """The texts of a list, or of one key of each of its entries."""
+    entries = found if isinstance(found, list) else []
+    return [str(entry[key]) if key else str(entry) for entry in entries]
+
+
 def _when(unix_ms: object) -> str:
     if not isinstance(unix_ms, int) or unix_ms == 0:
         return "never"
@@ -251,7 +418,8 @@ def _age(age_ms: object) -> str:
 
 def _check(config: AgentConfig, arguments: argparse.Namespace) -> int:
     from agent.adapters import identity
-    from agent.app import anchors, plan_of, receipt_key
+    from agent.app import plan_of, receipt_key
+    from agent.boot import anchors
     from agent.trust.verifier import check_anchors
 
     report: dict[str, object] = {"vin": config.vehicle.vin}
@@ -277,7 +445,7 @@ def _check(config: AgentConfig, arguments: argparse.Namespace) -> int:
     for check in (
         lambda: receipt_key(config.trust.receipt_key),
         lambda: check_anchors(anchors(config)),
-        lambda: _stored_status(config),
+        lambda: problems.extend(_texts(_stored_status(config).get("problems"))),
     ):
         try:
             check()

@@ -12,9 +12,10 @@ import queue
 import signal
 import threading
 import traceback
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,14 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-from agent import __version__
+from agent import __version__, boot, importing
 from agent import events as ev
 from agent.adapters.can_bus import CanBus
 from agent.adapters.clock import SystemClock, SystemRandom
 from agent.adapters.identity import Identity
 from agent.adapters.identity import load as load_identity
-from agent.adapters.link import Link, read_ca
+from agent.adapters.identity import settle as settle_identity
+from agent.adapters.link import Link, read_ca, server_roots
 from agent.adapters.local_api import ANSWER_S, LocalApi
 from agent.adapters.store import Store
 from agent.adapters.uds import FUNCTIONAL_IDS, UdsClient
@@ -48,25 +50,29 @@ from agent.features.guard import Guard
 from agent.features.lifecycle import State
 from agent.metering.ledger import check_conditions
 from agent.metering.record import BATCH_DOMAIN, RECEIPT_DOMAIN, batch
-from agent.model import Frame, RepositoryBytes, Rights, TrustBytes, Verdict, Versions
+from agent.model import Frame, Rights, Verdict, Versions
 from agent.signals.database import SignalDatabase
 from agent.signals.database import load as load_database
 from agent.signals.mapping import load as load_mapping
 from agent.signals.plan import DecodePlan
 from agent.signals.state import Collector
-from agent.trust.clock import TrustedClock
-from agent.trust.verifier import Floors, floors_after, starts_new_epoch, verify_stored, verify_update
+from agent.trust.clock import UNKNOWN_UNCERTAINTY_MS, TrustedClock
+from agent.trust.expiry import Ending, endings
+from agent.trust.verifier import Floors, floors_after, verify_update
 from common import log
 from openfod.usage.v1 import usage_pb2
 from openfod.vehicle.v1 import vehicle_service_pb2 as pb
 
-BUILD_MS = 1_795_305_600_000
-"""When this version was built (2026-11-22), Unix milliseconds: no trusted time is earlier."""
-STORE_FILE = "agent.db"
 UDS_POLL_S = 0.002
 """Pause between looks at a running ECU job."""
 STORE_RETRY_S = 2.0
 """Pause before a write that failed is tried again; the order of writes is kept."""
+WATCH_NS = 10 * 1_000_000_000
+"""How often it is looked whether the cloud's certificates still hold."""
+WARN_NS = 24 * 3600 * 1_000_000_000
+"""How often the log repeats what will end soon."""
+MAX_COUNTERS = 256
+"""Token counters in a Hello (vehicle_service.proto)."""
 
 _log = log.get(__name__)
 
@@ -82,6 +88,31 @@ class _Ask:
 
 
 @dataclass(frozen=True, slots=True)
+class _Import:
+    """A file of rights that the local interface was handed."""
+
+    content: bytes
+    answer: Future[dict[str, object]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Bundle:
+    """The same, verified."""
+
+    event: ev.BundleVerified
+    answer: Future[dict[str, object]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Imported:
+    """The same, on disk."""
+
+    number: int
+    verdict: Verdict
+    answer: Future[dict[str, object]]
+
+
+@dataclass(frozen=True, slots=True)
 class _Fault:
     error: BaseException
 
@@ -91,15 +122,7 @@ class _Stop:
     pass
 
 
-_Item = ev.Event | _Frames | _Ask | _Fault | _Stop
-
-
-def anchors(config: AgentConfig) -> TrustBytes:
-    """The roots that ship in the image, as the first trusted state."""
-    return TrustBytes(
-        director=RepositoryBytes(roots=(config.trust.director_root.read_bytes(),)),
-        catalogue=RepositoryBytes(roots=(config.trust.catalogue_root.read_bytes(),)),
-    )
+_Item = ev.Event | _Frames | _Ask | _Import | _Bundle | _Imported | _Fault | _Stop
 
 
 def receipt_key(path: Path) -> Ed25519PublicKey:
@@ -133,33 +156,44 @@ def plan_of(bus: BusConfig) -> tuple[SignalDatabase | None, DecodePlan | None]:
 class App:
     """A running agent."""
 
-    def __init__(self, config: AgentConfig) -> None:
+    def __init__(self, config: AgentConfig, clock: SystemClock | None = None) -> None:
         """Opens the store and verifies what it holds; touches no bus and no network.
+
+        Args:
+            clock: the machine's clocks, if not those of this machine.
 
         Raises:
             AgentError: something is missing or damaged; says what.
         """
         self._config = config
-        self._clock = SystemClock()
+        self._clock = clock or SystemClock()
         self._random = SystemRandom()
         self._queue: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         started_ns = self._clock.monotonic_ns()
+        settle_identity(config.state.directory)
         identity = load_identity(config.state.directory)
         if identity is None:
             raise AgentError("this vehicle is not enrolled; run: fod-agent enroll --claim TOKEN")
         self._identity: Identity = identity
         self._receipt_key = receipt_key(config.trust.receipt_key)
         self._store = Store(
-            config.state.directory / STORE_FILE,
+            config.state.directory / boot.STORE_FILE,
             boot_id=self._clock.boot_id(),
             journal_id=self._random.token(8).hex(),
         )
-        stored = self._store.load()
+        start = boot.read(config, self._store)
+        stored, verdict = start.stored, start.verdict
+        for problem in start.problems:
+            _log.error(problem)
+        self._problems = start.problems
         # Two copies, one for each thread: what is verified runs ahead of what is on disk.
-        self._verified_floors: Floors = stored.floors
-        self._stored_floors: Floors = stored.floors
-        self._trusted = stored.trust if stored.trust.director.roots else anchors(config)
-        verdict = self._verify_stored(stored.as_of_ms) if stored.as_of_ms else None
+        self._trusted, self._verified_floors = start.trusted, stored.floors
+        self._keeper = boot.Keeper(self._store, boot.floors_file(config), stored)
+        self._expires_ms: Mapping[str, int] = verdict.expires_ms if verdict else {}
+        self._rights = Rights(version=0)
+        self._imports: deque[Future[dict[str, object]]] = deque()
+        self._watch_ns = self._warn_ns = 0
+        self._down_reason = ""
         self._guard = Guard(listen_only=config.vehicle.listen_only)
         plans = [plan for _, plan in map(plan_of, config.buses) if plan is not None]
         self._plans = {plan.bus_name: plan for plan in plans}
@@ -167,7 +201,7 @@ class App:
         now_ns = self._clock.monotonic_ns()
         self._engine = Engine(
             source=identity.source,
-            clock=TrustedClock(mark_ms=stored.mark_ms, build_ms=BUILD_MS, monotonic_ns=now_ns),
+            clock=TrustedClock(mark_ms=stored.mark_ms, build_ms=boot.BUILD_MS, monotonic_ns=now_ns),
             infos=self._collector.infos,
             checkpoint_ns=int(config.metering.checkpoint_s * 1e9),
             window_ns=int(config.metering.window_s * 1e9),
@@ -181,6 +215,8 @@ class App:
             same_boot=stored.same_boot,
             used=stored.used,
             last_contact_ms=stored.contact_ms,
+            token_counters=stored.floors.token_counters,
+            log_head=stored.log_head,
         )
         self._buses = {b.name: self._make_bus(b) for b in config.buses}
         self._uds = UdsClient(self._guard, self._send_frame, self._clock.monotonic_ns, self._post)
@@ -189,24 +225,6 @@ class App:
         self._stopping = threading.Event()
         self._link: Link | None = None
         _log.info("agent is ready", after_ms=(self._clock.monotonic_ns() - started_ns) // 1_000_000)
-
-    def _verify_stored(self, as_of_ms: int) -> Verdict | None:
-        """Verifies the stored state; a damaged one is named, and not used."""
-        try:
-            verdict = verify_stored(
-                self._trusted, vin=self._config.vehicle.vin, as_of_ms=as_of_ms, floors=self._stored_floors
-            )
-            for feature in verdict.rights.features.values():
-                check_conditions(feature)
-            return verdict
-        except (TrustError, ConditionError) as error:
-            _log.error(
-                "stored rights are not valid and are not used; the cloud will send them anew",
-                error=error.kind,
-                reason=str(error),
-            )
-            self._trusted = anchors(self._config)
-            return None
 
     def _make_bus(self, bus: BusConfig) -> CanBus:
         options: dict[str, Any] = {
@@ -235,11 +253,11 @@ class App:
         """Runs until SIGTERM or SIGINT; returns the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._queue.put(_Stop()))
-        api = LocalApi(self._config.api_socket, self._ask)
+        api = LocalApi(self._config.api_socket, self._ask, self._take)
         cloud = self._config.cloud
         self._link = Link(
             cloud.endpoint,
-            read_ca(cloud.root_ca),
+            partial(self._server_roots, read_ca(cloud.root_ca)),
             cloud.server_name,
             self._identity,
             self._random,
@@ -272,21 +290,35 @@ class App:
             except queue.Empty:
                 item = None
             self._uds.poll()
-            match item:
-                case None:
-                    if self._clock.monotonic_ns() >= self._engine.wake_ns():
-                        self._step(ev.Ticked())
-                case _Frames(frames):
-                    self._take_frames(frames)
-                case _Ask(answer):
-                    answer.set_result(self._status())
-                case _Fault(error):
-                    raise error
-                case _Stop():
-                    self._step(ev.Stopping())
-                    return
-                case _:
-                    self._step(item)
+            self._watch()
+            self._take_item(item)
+            if isinstance(item, _Stop):
+                return
+
+    def _take_item(self, item: _Item | None) -> None:
+        match item:
+            case None:
+                if self._clock.monotonic_ns() >= self._engine.wake_ns():
+                    self._step(ev.Ticked())
+            case _Frames(frames):
+                self._take_frames(frames)
+            case _Ask(answer):
+                answer.set_result(self._status())
+            case _Import(content, answer):
+                self._submit(self._worker, partial(self._verify_bundle, content, answer))
+            case _Bundle(event, answer):
+                self._imports.append(answer)
+                self._step(event)
+            case _Imported(number, verdict, answer):
+                summary = importing.changes(self._rights, verdict)
+                self._step(ev.Persisted(number))
+                answer.set_result(summary)
+            case _Fault(error):
+                raise error
+            case _Stop():
+                self._step(ev.Stopping())
+            case _:
+                self._step(item)
 
     def _take_frames(self, frames: list[Frame]) -> None:
         for frame in frames:
@@ -294,7 +326,31 @@ class App:
             self._uds.on_frame(frame)
         self._step(ev.SignalsArrived(self._collector.drain()))
 
+    def _watch(self) -> None:
+        """Looks now and then whether the cloud's certificates hold, and warns of what will end."""
+        now_ns = self._clock.monotonic_ns()
+        if now_ns < self._watch_ns:
+            return
+        self._watch_ns = now_ns + WATCH_NS
+        if self._link is not None:
+            self._link.recheck()
+        if now_ns >= self._warn_ns:
+            self._warn_ns = now_ns + WARN_NS
+            for ending in self._endings():
+                _log.warning(ending.words)
+
+    def _endings(self) -> tuple[Ending, ...]:
+        now_ms = self._engine.trusted_time(self._clock.monotonic_ns()).unix_ms
+        return endings(self._expires_ms, self._rights, now_ms)
+
+    def _server_roots(self, ca: bytes) -> tuple[bytes, ...]:
+        """Called in the link's thread as well; rights and clock are immutable values."""
+        now_ms = self._engine.trusted_time(self._clock.monotonic_ns()).unix_ms
+        return server_roots(self._rights.tls_anchors, ca, now_ms)
+
     def _step(self, event: ev.Event) -> None:
+        if isinstance(event, ev.LinkUp | ev.LinkDown):
+            self._down_reason = event.reason if isinstance(event, ev.LinkDown) else ""
         for command in self._engine.step(event, self._clock.monotonic_ns()):
             self._do(command)
 
@@ -308,14 +364,18 @@ class App:
             case ev.RunEcu():
                 self._uds.run(command)
             case ev.Allow(rights, live):
+                self._rights = rights
                 self._guard.allow(rights, live)
                 self._listen_for(rights)
             case ev.StoreUsage():
                 self._write(partial(self._store.store_usage, command), ev.Persisted(command.number))
             case ev.MarkSent(number, through_seq):
                 self._write(partial(self._store.mark_sent, through_seq), ev.Persisted(number))
-            case ev.StoreTrust():
-                self._write(partial(self._store_trust, command), ev.Persisted(command.number))
+            case ev.StoreTrust(number, verdict):
+                done: _Item = ev.Persisted(number)
+                if not command.live:
+                    done = _Imported(number, verdict, self._imports.popleft())
+                self._write(partial(self._store_trust, command), done)
             case ev.SendUsage(first_seq, through_seq):
                 self._submit(self._writer, partial(self._read_usage, first_seq, through_seq))
             case ev.Verify():
@@ -358,7 +418,7 @@ class App:
 
         pool.submit(guarded)
 
-    def _write(self, job: Callable[[], None], done: ev.Event) -> None:
+    def _write(self, job: Callable[[], None], done: _Item) -> None:
         """Writes on the store's thread, in order; a failed write is tried again until it holds."""
 
         def persist() -> None:
@@ -372,15 +432,15 @@ class App:
                     if self._stopping.wait(STORE_RETRY_S):
                         return
                 else:
-                    self._post(done)
+                    self._queue.put(done)
                     return
 
         self._submit(self._writer, persist)
 
     def _store_trust(self, command: ev.StoreTrust) -> None:
-        floors = floors_after(command.verdict, self._stored_floors)
-        self._store.store_trust(command, floors)
-        self._stored_floors = floors
+        self._keeper.keep(command)
+        self._expires_ms = command.verdict.expires_ms
+        self._problems = ()
 
     def _verify(self, command: ev.Verify, received_ns: int) -> None:
         refusal: AgentError = ReplayError("no nonce is waiting, so nothing can answer one")
@@ -391,7 +451,7 @@ class App:
                     command.update,
                     vin=self._config.vehicle.vin,
                     nonce=nonce,
-                    now_ms=command.now_ms,
+                    now_ms=self._keeper.judged_at_ms(command.now_ms),
                     floors=self._verified_floors,
                 )
                 for feature in verdict.rights.features.values():
@@ -403,13 +463,33 @@ class App:
                 break
             else:
                 # Against what is on disk: a verdict that was dropped on its way has begun no epoch.
-                new_epoch = starts_new_epoch(verdict, self._stored_floors)
-                # The next update builds on this one, even before it is on disk.
-                self._trusted = verdict.state
-                self._verified_floors = floors_after(verdict, self._verified_floors)
+                new_epoch = self._keeper.starts_new_epoch(verdict)
+                self._build_on(verdict)
                 self._post(ev.UpdateVerified(verdict, nonce, received_ns, new_epoch))
                 return
         self._post(ev.UpdateRefused(refusal.kind, str(refusal)))
+
+    def _build_on(self, verdict: Verdict) -> None:
+        """The next update builds on this one, even before it is on disk."""
+        self._trusted = verdict.state
+        self._verified_floors = floors_after(verdict, self._verified_floors)
+
+    def _verify_bundle(self, content: bytes, answer: Future[dict[str, object]]) -> None:
+        read_ns = self._clock.monotonic_ns()
+        try:
+            verdict = importing.verify(
+                content,
+                self._trusted,
+                vin=self._config.vehicle.vin,
+                now_ms=self._keeper.judged_at_ms(self._engine.trusted_time(read_ns).unix_ms),
+                floors=self._verified_floors,
+            )
+        except (TrustError, ConditionError) as error:
+            _log.error("file of rights refused; nothing was changed", error=error.kind, reason=str(error))
+            answer.set_exception(error)
+        else:
+            self._build_on(verdict)
+            self._queue.put(_Bundle(ev.BundleVerified(verdict, read_ns), answer))
 
     def _read_usage(self, first_seq: int, through_seq: int) -> None:
         try:
@@ -488,6 +568,8 @@ class App:
                     catalogue=_versions(catalogue),
                     journal_id=journal_id,
                     agent_version=__version__,
+                    token_counters=_counters(self._keeper.floors),
+                    owner_epoch=self._rights.owner_epoch,
                 )
                 self._link.send(pb.ConnectRequest(hello=hello))
             case ev.OfferNonce(nonce):
@@ -512,6 +594,7 @@ class App:
                             since_ms=f.since_ms,
                             activation_ms=f.activation_ms,
                             trace_id=f.trace_id,
+                            evidence=_evidence(f.evidence),
                         )
                         for f in features
                     ]
@@ -521,9 +604,16 @@ class App:
     # --- status and end -------------------------------------------------------------------
 
     def _status(self) -> dict[str, object]:
-        status = self._engine.status(self._clock.monotonic_ns())
+        now_ns = self._clock.monotonic_ns()
+        status = self._engine.status(now_ns)
+        now = self._engine.trusted_time(now_ns)
+        doubt_ms = now.uncertainty_ms if now.uncertainty_ms < UNKNOWN_UNCERTAINTY_MS else None
+        status["time"] = {"unix_ms": now.unix_ms, "uncertainty_ms": doubt_ms, "source": now.source}
         status["vin"] = self._config.vehicle.vin
         status["source"] = self._identity.source
+        status["link_reason"] = self._down_reason
+        status["problems"] = [*self._problems, *filter(None, [self._keeper.problem])]
+        status["warnings"] = [asdict(ending) for ending in self._endings()]
         status["bus_counts"] = {
             name: {
                 "frames": bus.counts.frames,
@@ -548,6 +638,12 @@ class App:
     def _ask(self) -> dict[str, object]:
         answer: Future[dict[str, object]] = Future()
         self._queue.put(_Ask(answer))
+        return answer.result(timeout=ANSWER_S)
+
+    def _take(self, content: bytes) -> dict[str, object]:
+        """Takes a file of rights; called in a thread of the local interface."""
+        answer: Future[dict[str, object]] = Future()
+        self._queue.put(_Import(content, answer))
         return answer.result(timeout=ANSWER_S)
 
     def _shut_down(self, api: LocalApi) -> None:
@@ -576,3 +672,21 @@ def _versions(versions: Versions) -> pb.RepositoryVersions:
         snapshot=versions.snapshot,
         targets=versions.targets,
     )
+
+
+def _evidence(evidence: ev.Evidence | None) -> pb.Evidence | None:
+    if evidence is None:
+        return None
+    return pb.Evidence(
+        finding=evidence.finding[:256],
+        read_back=evidence.read_back,
+        counter=evidence.counter,
+        at_ms=evidence.at_ms,
+    )
+
+
+def _counters(floors: Floors) -> list[pb.TokenCounter]:
+    return [
+        pb.TokenCounter(ecu_identifier=ecu, feature_id=feature, counter=counter)
+        for (ecu, feature), counter in sorted(floors.token_counters.items())[:MAX_COUNTERS]
+    ]

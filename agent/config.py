@@ -53,6 +53,7 @@ class StateConfig:
 
     directory: Path = option()
     api_socket: Path | None = option(default=None)
+    floors_directory: Path | None = option(default=None)
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,11 @@ class AgentConfig:
     def api_socket(self) -> Path:
         """Unix socket of the local interface."""
         return self.state.api_socket or self.state.directory / "agent.sock"
+
+    @property
+    def floors_directory(self) -> Path:
+        """Folder of the second copy of the floors."""
+        return self.state.floors_directory or self.state.directory
 
 
 def load(path: Path) -> AgentConfig:

@@ -13,12 +13,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from agent import events as ev
 from agent.errors import IllegalTransitionError, NegativeResponseError, VehicleError
 from agent.features.conditions import Condition
-from agent.features.guard import activation_request, read_back_request, session_request
+from agent.features.guard import (
+    activation_request,
+    announcement_request,
+    read_back_request,
+    session_request,
+)
 from agent.features.lifecycle import METERED, Action, Event, State, transition
 from agent.metering.ledger import Ledger
 from agent.metering.meter import OpenWindow
@@ -32,11 +37,13 @@ from agent.model import (
     Token,
     TrustBytes,
     TrustedTime,
+    Verdict,
     Versions,
     odometer_metres,
 )
 from agent.signals.state import SignalState
 from agent.trust.clock import TrustedClock
+from agent.trust.grant_log import LogEntry, LogHead, changes, entry
 from agent.trust.terms import judge
 
 IGNITION = "Vehicle.LowVoltageSystemState"
@@ -51,6 +58,16 @@ UPLOAD_TIMEOUT_NS = 30 * 1_000_000_000
 """How long an upload waits for its receipt before it is sent again."""
 BACKOFF_NS = tuple(s * 1_000_000_000 for s in (1, 2, 5, 15, 60))
 """Pause before each further try of an ECU; the last one repeats."""
+MARK_NS = 60 * 1_000_000_000
+"""How much time a power cut may take back, where nothing else is written."""
+MIN_OFF_READ_BACK_S = 10
+"""Shortest period at which a feature that should be off is read back."""
+EVIDENCE_BYTES = 64
+"""Of the ECU's answer, kept as evidence."""
+EVIDENCE_PAUSE_NS = 3600 * 1_000_000_000
+"""At most one entry in the owner's log in that time for what one feature's ECU says."""
+_ASLEEP = frozenset({None, "OFF", "LOCK"})
+"""Values of the ignition at which no ECU is woken to be read."""
 _NS_PER_MS = 1_000_000
 _MAX_STEPS = 16
 _READ_BACK_POSITIVE = 0x62
@@ -86,6 +103,10 @@ class _Feature:
     arrived_ns: int = 0
     asked_ns: int = 0
     may_be_on: bool = False
+    was_off: bool = False
+    known_counter: int = 0
+    evidence: ev.Evidence | None = None
+    evidence_due_ns: int = 0
     missed: bool = False
     activation_ms: int = 0
     nrc: int = 0
@@ -140,6 +161,10 @@ class Engine:
         self._catalogue = Versions()
         self._upload = _Upload()
         self._stored_windows: tuple[OpenWindow, ...] = ()
+        self._log_head = LogHead()
+        self._log_entries: list[LogEntry] = []
+        self._logged = Rights(version=0)
+        self._token_counters: Mapping[tuple[str, str], int] = {}
         self._after: dict[int, ev.RunEcu] = {}
         self._next_update: TrustBytes | None = None
         self._verifying = False
@@ -147,6 +172,7 @@ class Engine:
         self._nonces_made_ns: deque[int] = deque(maxlen=NONCE_BURST)
         self._checkpoint_due_ns = 0
         self._window_due_ns = 0
+        self._mark_due_ns = 0
         self._link = False
         self._greeted = False
         self._nonces: list[tuple[bytes, int]] = []
@@ -211,6 +237,9 @@ class Engine:
                 self._next_update = update
             case ev.UpdateVerified():
                 self._verified(event, now_ns)
+            case ev.BundleVerified(verdict, received_ns):
+                self._clock = self._clock.raise_to(verdict.signed_ms, received_ns)
+                self._store_trust(verdict, now_ns, live=False)
             case ev.UpdateRefused(kind, reason):
                 self._verifying = False
                 self._refused(kind, reason)
@@ -238,12 +267,15 @@ class Engine:
     def _boot(self, event: ev.Booted, now_ns: int) -> None:
         self._upload.stored_seq, self._upload.acked_seq = event.head.seq, event.acked_seq
         self._contact_ms = event.last_contact_ms
+        self._token_counters = event.token_counters
+        self._log_head = event.log_head
         self._window_due_ns = now_ns + self._window_ns
         self._ledger.restore(
             event.head, event.used, event.windows, same_boot=event.same_boot, now=self._time(now_ns)
         )
         self._checkpoint(now_ns)
         if event.verdict is not None:
+            self._logged = event.verdict.rights
             self._director, self._catalogue = event.verdict.director, event.verdict.catalogue
             self._apply_rights(event.verdict.rights, now_ns)
             self._say(
@@ -281,11 +313,38 @@ class Engine:
             event.verdict.signed_ms, sent_ns, event.received_ns, new_epoch=event.new_epoch
         )
         self._contact_ms = self._time(now_ns).unix_ms
-        command = ev.StoreTrust(self._next_number(), event.verdict, self._contact_ms, event.verdict.signed_ms)
-        self._waiting[command.number] = command
-        self._out.append(command)
+        self._store_trust(event.verdict, now_ns, live=True)
         if not self._nonces:
             self._want_nonce()
+
+    def _store_trust(self, verdict: Verdict, now_ns: int, *, live: bool) -> None:
+        now, before = self._time(now_ns), self._logged
+        self._log(
+            changes(
+                self._log_head,
+                verdict,
+                now,
+                before=before.entitlements,
+                owner_epoch=before.owner_epoch,
+            )
+        )
+        self._logged = verdict.rights
+        command = ev.StoreTrust(
+            self._next_number(), verdict, now.unix_ms, verdict.signed_ms, live, self._take_log()
+        )
+        self._waiting[command.number] = command
+        self._out.append(command)
+
+    def _log(self, entries: tuple[LogEntry, ...]) -> None:
+        """Adds to the owner's log; written with the next command that goes to disk."""
+        if entries:
+            self._log_entries += entries
+            self._log_head = entries[-1].head
+
+    def _take_log(self) -> tuple[LogEntry, ...]:
+        entries = tuple(self._log_entries)
+        self._log_entries.clear()
+        return entries
 
     def _refused(self, kind: str, reason: str) -> None:
         self._last_refusal = f"{kind}: {reason}"
@@ -299,7 +358,7 @@ class Engine:
         if after is not None:
             self._send_activation(after, now_ns)
         match self._waiting.pop(number, None):
-            case ev.StoreTrust(_, verdict, _, _):
+            case ev.StoreTrust(_, verdict):
                 changed = verdict.rights.version != self._rights.version
                 self._director, self._catalogue = verdict.director, verdict.catalogue
                 self._last_refusal = ""
@@ -313,7 +372,7 @@ class Engine:
                     self._apply_rights(verdict.rights, now_ns)
                 if self._link:
                     self._out.append(ev.SendResult(self._director, self._catalogue, "", ""))
-            case ev.StoreUsage(_, records, _, _, _):
+            case ev.StoreUsage(_, records):
                 if records:
                     self._upload.stored_seq = max(self._upload.stored_seq, records[-1].seq)
             case ev.MarkSent(_, through_seq):
@@ -350,6 +409,7 @@ class Engine:
             if token is not None and (known.token is None or known.token.sha256 != token.sha256):
                 known.failures, known.retry_ns = 0, 0
             known.token = token
+            known.known_counter = max(known.known_counter, token.counter if token else 0)
         for feature_id, known in self._features.items():
             if feature_id not in rights.features:
                 known.token = None
@@ -366,6 +426,8 @@ class Engine:
                 signals=missing,
             )
         feature.since_ms = self._time(now_ns).unix_ms
+        if spec.ecu is not None:
+            feature.known_counter = self._token_counters.get((spec.ecu.identifier, spec.feature_id), 0)
         if spec.kind is ActuatorKind.NONE:
             feature.ecu = _EcuView(on=False, counter=None)
         return feature
@@ -374,6 +436,8 @@ class Engine:
         """Tells the guard which features are live, if that has changed."""
         live = frozenset(f for f, feature in self._features.items() if self._right(feature, now_ns)[0])
         if force or live != self._live:
+            if self._live - live:
+                self._mark_due_ns = now_ns  # what time has ended, no restart brings back
             self._live = live
             # What is known of features that the set no longer names still says how to release them.
             specs = {feature_id: feature.spec for feature_id, feature in self._features.items()}
@@ -458,7 +522,13 @@ class Engine:
             return Event.STILL_ON, "the ECU reports it on without a right"
         elif _burn_due(feature):
             return Event.STILL_ON, "the ECU still holds a token that has been withdrawn"
+        elif now_ns >= feature.read_back_ns and not self._is_asleep(now_ns):
+            self._read_back(feature, now_ns)
         return None, why
+
+    def _is_asleep(self, now_ns: int) -> bool:
+        """Whether a request would wake the vehicle; false if no bus tells of the ignition."""
+        return IGNITION in self._infos and self._signals.value(IGNITION, now_ns) in _ASLEEP
 
     def _derive_pending(self, feature: _Feature, why: str, now_ns: int) -> tuple[Event | None, str]:
         if feature.ecu is None:
@@ -561,11 +631,15 @@ class Engine:
 
     # --- ECU ---------------------------------------------------------------------
 
-    def _run(self, feature: _Feature, purpose: str, requests: tuple[bytes, ...]) -> ev.RunEcu:
+    def _run(
+        self, feature: _Feature, purpose: str, requests: tuple[bytes, ...], *, has_token: bool = False
+    ) -> ev.RunEcu:
         assert feature.spec.ecu is not None
         feature.busy, feature.error = True, None
         trace = feature.entitlement.trace_id if feature.entitlement else ""
-        return ev.RunEcu(feature.spec.feature_id, purpose, feature.spec.ecu, requests, trace)
+        key = self._rights.token_key if has_token else None
+        announcement = announcement_request(key) if key else b""
+        return ev.RunEcu(feature.spec.feature_id, purpose, feature.spec.ecu, requests, trace, announcement)
 
     def _read_back(self, feature: _Feature, now_ns: int) -> None:
         if feature.busy or now_ns < feature.retry_ns or feature.spec.read_back is None:
@@ -596,6 +670,7 @@ class Engine:
                 activation_request(feature.spec, feature.token),
                 read_back_request(feature.spec),
             ),
+            has_token=True,
         )
         if self._ledger.is_metering(feature.spec.feature_id):
             self._out.append(command)
@@ -610,7 +685,7 @@ class Engine:
         feature = self._features[command.feature_id]
         ready = self._holds(feature.activate_when, now_ns) is True and self._right(feature, now_ns)[0]
         if feature.state is State.ACTIVATING and ready:
-            feature.may_be_on = True
+            feature.may_be_on, feature.was_off = True, False
             self._out.append(command)
             return
         feature.busy, feature.missed = False, True
@@ -621,10 +696,12 @@ class Engine:
             feature.ecu = _EcuView(on=False, counter=None)
             return
         token = feature.token
-        burn = token is not None and not token.allows
+        counter = feature.ecu.counter if feature.ecu else None
+        # An ECU that holds this counter or a higher one would refuse the token, or take it as old news.
+        burn = token is not None and not token.allows and (counter is None or counter < token.counter)
         request = activation_request(feature.spec, token) if token and burn else feature.spec.release_request
         requests = (session_request(feature.spec.session), request, read_back_request(feature.spec))
-        self._out.append(self._run(feature, "release", requests))
+        self._out.append(self._run(feature, "release", requests, has_token=burn))
 
     def _ecu_done(self, event: ev.EcuDone, now_ns: int) -> None:
         feature = self._features.get(event.feature_id)
@@ -632,13 +709,15 @@ class Engine:
             return
         feature.busy = False
         now = self._time(now_ns)
-        feature.read_back_ns = now_ns + feature.spec.read_back_interval_s * 1_000_000_000
+        should_be_off = feature.state in {State.LOCKED, State.SUSPENDED}
+        interval_s = max(feature.spec.read_back_interval_s, MIN_OFF_READ_BACK_S * should_be_off)
+        feature.read_back_ns = now_ns + interval_s * 1_000_000_000
         if event.error is not None:
             feature.error = event.error
             feature.nrc = event.error.nrc if isinstance(event.error, NegativeResponseError) else 0
             feature.may_be_on &= not feature.nrc
             self._say("warning", str(event.error), feature=event.feature_id, error=event.error.kind)
-            if feature.state is State.LOCKED:
+            if should_be_off:
                 # Nothing is at stake: ask again later.
                 feature.error = None
                 self._act(feature, Action.BACK_OFF, Event.DENIED, now_ns)
@@ -649,7 +728,8 @@ class Engine:
                 f"read-back {event.answer[:16].hex(' ')} is not as the catalogue says"
             )
             return
-        feature.ecu = view
+        self._judge_evidence(feature, view, event.answer, now_ns)
+        feature.ecu, feature.was_off = view, not view.on
         if view.on:
             self._ledger.confirm(event.feature_id, now_ns)
             if feature.state in METERED and self._ledger.is_armed(event.feature_id):
@@ -663,6 +743,58 @@ class Engine:
         feature.may_be_on = False
         if feature.state not in METERED:
             self._stop_meters(feature, now_ns)
+
+    def _judge_evidence(self, feature: _Feature, view: _EcuView, answer: bytes, now_ns: int) -> None:
+        """Notes what no right explains for as long as the ECU says it; each finding is logged once."""
+        finding = self._finding(feature, view, now_ns)
+        known = feature.evidence
+        if not finding:
+            feature.evidence = None
+        elif known is None or known.finding != finding:
+            now_ms, counter = self._time(now_ns).unix_ms, view.counter or 0
+            feature.evidence = ev.Evidence(finding, answer[:EVIDENCE_BYTES], counter, now_ms)
+            self._say(
+                "error",
+                "an ECU says what no right explains",
+                feature=feature.spec.feature_id,
+                finding=finding,
+                read_back=answer[:EVIDENCE_BYTES].hex(),
+            )
+            if now_ns >= feature.evidence_due_ns:
+                feature.evidence_due_ns = now_ns + EVIDENCE_PAUSE_NS
+                facts = {
+                    "feature": feature.spec.feature_id,
+                    "finding": finding,
+                    "read_back": answer[:EVIDENCE_BYTES].hex(),
+                }
+                self._log((entry(self._log_head, "evidence", self._time(now_ns), facts),))
+                self._checkpoint_due_ns = now_ns
+
+    def _finding(self, feature: _Feature, view: _EcuView, now_ns: int) -> str:
+        """What does not fit, or an empty string.
+
+        On without a right is explained where the right ended unseen: until the
+        ECU was once seen off, it may be on from before.
+        """
+        if feature.known_counter and view.counter is not None and view.counter > feature.known_counter:
+            return (
+                f"the ECU names token counter {view.counter}, the highest one known is"
+                f" {feature.known_counter}"
+            )
+        if not view.on:
+            return ""
+        if feature.evidence is not None:
+            return feature.evidence.finding
+        if feature.state not in {State.LOCKED, State.SUSPENDED} or self._right(feature, now_ns)[0]:
+            return ""
+        had_right = feature.spec.feature_id in self._rights.entitlements
+        token = feature.token
+        is_left_over = had_right or (
+            token is not None and not token.allows and (view.counter is None or view.counter < token.counter)
+        )
+        if is_left_over and not feature.was_off:
+            return ""
+        return "the ECU reports it on without a live right"
 
     # --- metering ------------------------------------------------------------------
 
@@ -700,18 +832,27 @@ class Engine:
         if force or now_ns >= self._checkpoint_due_ns:
             self._checkpoint_due_ns = now_ns + self._checkpoint_ns
             windows = self._ledger.open_windows(now_ns=now_ns, now=self._time(now_ns))
-            if self._ledger.unsaved or windows != self._stored_windows:
+            if (
+                force
+                or now_ns >= self._mark_due_ns
+                or self._ledger.unsaved
+                or self._log_entries
+                or windows != self._stored_windows
+            ):
                 self._checkpoint(now_ns)
 
     def _checkpoint(self, now_ns: int) -> int:
-        """Makes all use durable; returns the command's number."""
+        """Makes all use durable, and the time; returns the command's number."""
         self._checkpoint_due_ns = now_ns + self._checkpoint_ns
+        self._mark_due_ns = now_ns + MARK_NS
         now = self._time(now_ns)
         windows = self._ledger.open_windows(now_ns=now_ns, now=now)
         self._stored_windows = windows
         records = tuple(self._ledger.unsaved)
         self._ledger.unsaved.clear()
-        command = ev.StoreUsage(self._next_number(), records, windows, dict(self._ledger.used), now.unix_ms)
+        command = ev.StoreUsage(
+            self._next_number(), records, windows, dict(self._ledger.used), now.unix_ms, self._take_log()
+        )
         self._waiting[command.number] = command
         self._out.append(command)
         return command.number
@@ -759,11 +900,14 @@ class Engine:
                 title=feature.spec.title,
                 entitlement_id=feature.entitlement.entitlement_id if feature.entitlement else "",
                 state=feature.state.name,
-                reason=feature.reason,
+                reason=f"{feature.evidence.finding}; {feature.reason}"
+                if feature.evidence
+                else feature.reason,
                 nrc=feature.nrc,
                 since_ms=feature.since_ms,
                 activation_ms=feature.activation_ms,
                 trace_id=feature.entitlement.trace_id if feature.entitlement else "",
+                evidence=feature.evidence,
             )
             for feature_id, feature in sorted(self._features.items())
         )
@@ -788,6 +932,7 @@ class Engine:
                     "since_ms": view.since_ms,
                     "activation_ms": view.activation_ms,
                     "trace_id": view.trace_id,
+                    "evidence": _evidence_as_plain(view.evidence),
                 }
                 for view in self.features()
             ],
@@ -801,6 +946,7 @@ class Engine:
                 "stored": self._upload.stored_seq,
                 "receipts_to": self._upload.acked_seq,
             },
+            "log": {"entries": self._log_head.seq, "head": self._log_head.hash.hex()},
             "buses": dict(self._buses),
             "signals": {
                 name: {"value": reading.value, "unit": reading.unit, "age_ms": reading.age_ms}
@@ -809,6 +955,10 @@ class Engine:
         }
 
     # --- small -------------------------------------------------------------------------
+
+    def trusted_time(self, now_ns: int) -> TrustedTime:
+        """The trusted time; any thread may ask."""
+        return self._time(now_ns)
 
     def _time(self, now_ns: int) -> TrustedTime:
         return self._clock.now(now_ns)
@@ -819,6 +969,10 @@ class Engine:
 
     def _say(self, level: str, message: str, **fields: object) -> None:
         self._out.append(ev.Say(level, message, fields))
+
+
+def _evidence_as_plain(evidence: ev.Evidence | None) -> dict[str, object] | None:
+    return asdict(evidence) | {"read_back": evidence.read_back.hex()} if evidence else None
 
 
 def _compile(spec: FeatureSpec) -> tuple[Condition, Condition]:

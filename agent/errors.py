@@ -70,6 +70,18 @@ class TransportError(AgentError):
     """The way to the cloud failed; retried with backoff."""
 
 
+class NoValidAnchorError(TransportError):
+    """No certificate by which the cloud could be known is valid at the trusted time."""
+
+
+class NotRunningError(TransportError):
+    """No agent answers at the local socket."""
+
+
+class FloorsError(AgentError):
+    """The second copy of the floors cannot be used; the database's floors count."""
+
+
 class VehicleError(AgentError):
     """An ECU or a bus did not do what it was asked."""
 
@@ -108,6 +120,10 @@ class ConditionError(AgentError):
 
 class JournalError(AgentError):
     """The usage journal cannot be read or written."""
+
+
+class GrantLogError(AgentError):
+    """The owner's log is not as it was written."""
 
 
 class IllegalTransitionError(AgentError):

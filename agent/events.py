@@ -8,12 +8,13 @@ before acting" can be read in the engine.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from agent.errors import VehicleError
 from agent.metering.meter import OpenWindow
 from agent.metering.record import Head, Record
 from agent.model import EcuSpec, Rights, SignalBatch, TrustBytes, Verdict, Versions
+from agent.trust.grant_log import LogEntry, LogHead
 
 # --- events ------------------------------------------------------------------
 
@@ -29,6 +30,8 @@ class Booted:
         acked_seq: the cloud has signed for records up to here.
         used: amounts closed under each (entitlement, meter), in ms or m.
         last_contact_ms: trusted time of the last signed answer, 0 if none.
+        token_counters: highest counter ever seen of each (ECU, feature).
+        log_head: where the owner's log ends.
     """
 
     verdict: Verdict | None
@@ -38,6 +41,8 @@ class Booted:
     same_boot: bool
     used: Mapping[tuple[str, str], int]
     last_contact_ms: int
+    token_counters: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    log_head: LogHead = LogHead()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +100,14 @@ class UpdateVerified:
     nonce: bytes
     received_ns: int
     new_epoch: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BundleVerified:
+    """A worker verified rights that came as a file: no contact with the cloud."""
+
+    verdict: Verdict
+    received_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +174,7 @@ Event = (
     | LinkDown
     | UpdateArrived
     | UpdateVerified
+    | BundleVerified
     | UpdateRefused
     | Persisted
     | EcuDone
@@ -217,12 +231,17 @@ class StoreTrust:
     Args:
         mark_ms: trusted time, never to be undercut.
         signed_ms: time of the answer: as of when the state was good.
+        live: it answers a nonce; False for rights that came as a file, which
+            are no contact with the cloud.
+        entries: of the owner's log, to be written in the same commit.
     """
 
     number: int
     verdict: Verdict
     mark_ms: int
     signed_ms: int
+    live: bool = True
+    entries: tuple[LogEntry, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +252,23 @@ class SendResult:
     catalogue: Versions
     error_type: str
     error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What an ECU said that no right explains (Evidence of vehicle_service.proto).
+
+    Args:
+        finding: in words.
+        read_back: the ECU's answer, at most 64 bytes.
+        counter: of the token that the ECU names; 0 if it names none.
+        at_ms: trusted time at which it was first seen.
+    """
+
+    finding: str
+    read_back: bytes
+    counter: int
+    at_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +284,7 @@ class FeatureView:
     since_ms: int
     activation_ms: int
     trace_id: str
+    evidence: Evidence | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,13 +304,20 @@ class Allow:
 
 @dataclass(frozen=True, slots=True)
 class RunEcu:
-    """Send requests to an ECU one after the other; answered by EcuDone."""
+    """Send requests to an ECU one after the other; answered by EcuDone.
+
+    Args:
+        token_key: request that announces a token key. If the ECU refuses the
+            request that switches (the second) with NRC 0x33, this is sent
+            once and then that request once more. Empty: there is none.
+    """
 
     feature_id: str
     purpose: str
     ecu: EcuSpec
     requests: tuple[bytes, ...]
     trace_id: str
+    token_key: bytes = b""
 
     @property
     def switches(self) -> bool:
@@ -283,13 +327,14 @@ class RunEcu:
 
 @dataclass(frozen=True, slots=True)
 class StoreUsage:
-    """Make records, open windows and quota use durable in one commit."""
+    """Make records, open windows, quota use and entries of the owner's log durable in one commit."""
 
     number: int
     records: tuple[Record, ...]
     windows: tuple[OpenWindow, ...]
     used: Mapping[tuple[str, str], int]
     mark_ms: int
+    entries: tuple[LogEntry, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

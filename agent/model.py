@@ -406,7 +406,7 @@ class TrustedTime:
     Args:
         unix_ms: best estimate that never goes back.
         uncertainty_ms: how far it may be behind.
-        source: "signed", "mark" or "build".
+        source: "signed", "mark", "file" or "build".
     """
 
     unix_ms: int

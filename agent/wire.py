@@ -110,7 +110,7 @@ def bounded_trust_bytes(value: TrustBytes) -> TrustBytes:
     return value
 
 
-def entitlements_from_bytes(content: bytes, vin: str) -> tuple[int, tuple[Entitlement, ...]]:
+def entitlements_from_bytes(content: bytes, vin: str) -> tuple[int, int, tuple[Entitlement, ...]]:
     """Read the verified file `entitlements.pb`.
 
     A field that this agent does not know is refused like a wrong one: a term
@@ -121,7 +121,7 @@ def entitlements_from_bytes(content: bytes, vin: str) -> tuple[int, tuple[Entitl
         vin: VIN of this vehicle.
 
     Returns:
-        Version of the set, from 1, and its rights.
+        Version of the set, from 1, owner epoch, from 1 (0 is read as 1), and its rights.
 
     Raises:
         LimitError: more bytes or rights than allowed.
@@ -143,7 +143,7 @@ def entitlements_from_bytes(content: bytes, vin: str) -> tuple[int, tuple[Entitl
     rights = tuple(_entitlement(f"entitlements[{i}]", e) for i, e in enumerate(message.entitlements))
     _require_unique("entitlements: entitlement_id", (right.entitlement_id for right in rights))
     _require_unique("entitlements: feature_id", (right.feature_id for right in rights))
-    return message.version, rights
+    return message.version, max(1, message.owner_epoch), rights
 
 
 def _repository(msg: vehicle_service_pb2.RepositoryMetadata) -> RepositoryBytes:

@@ -9,7 +9,7 @@ import platform
 import sys
 from datetime import UTC, datetime
 
-NAMES = ("grant_to_on", "decode", "durable_commit", "start")
+NAMES = ("grant_to_on", "decode", "durable_commit", "start", "sign", "token", "verify")
 
 
 def main() -> int:

@@ -1,9 +1,13 @@
-"""The vehicle's own key: born here, never sent; and the certificate made for it."""
+"""The vehicle's own key: born here, never sent; and the certificate made for it.
+
+A vehicle that enrols again makes its new key in a folder beside the old one.
+Once the cloud has answered, one rename puts the new identity in force: key,
+certificate and pseudonym change together, whenever the power is cut.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +17,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from agent.errors import TrustError
+from agent.adapters.files import sync_folder, write_durably
+from agent.errors import AgentError, TrustError
 
 KEY_FILE, CERTIFICATE_FILE, IDENTITY_FILE = "device.key", "device.crt", "identity.json"
+STAGED, IN_FORCE = "enrolment.new", "enrolment.done"
+"""Folders of an identity that the cloud has not answered yet, and of one that counts before the old."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ def save(directory: Path, certificate_der: bytes, source: str) -> None:
     try:
         certificate = x509.load_der_x509_certificate(certificate_der)
         is_ours = certificate.public_key() == make_key(directory).public_key()
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise TrustError(f"the cloud's answer is not a certificate: {error}; nothing is kept") from error
     if not is_ours:
         raise TrustError("the certificate is for another key than this vehicle's; it is not kept")
@@ -89,22 +96,21 @@ def load(directory: Path) -> Identity | None:
     Raises:
         TrustError: a file is damaged, or they do not belong together.
     """
-    certificate_path = directory / CERTIFICATE_FILE
+    certificate_path = _place(directory, CERTIFICATE_FILE)
     if not certificate_path.exists():
         return None
-    again = f"remove {certificate_path} and enrol again with a new claim"
+    again = "enrol again with a new claim: fod-agent enroll --again --claim TOKEN"
+    source_path = _place(directory, IDENTITY_FILE)
     try:
-        source = json.loads((directory / IDENTITY_FILE).read_bytes())["source"]
-        if not isinstance(source, str) or not source:
-            raise TypeError("source is not a text")
+        source = _read_source(source_path)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TrustError(f"{directory / IDENTITY_FILE} is damaged ({error}); {again}") from error
-    path = directory / KEY_FILE
+        raise TrustError(f"{source_path} is damaged ({error}); {again}") from error
+    path = _place(directory, KEY_FILE)
     key = _read_key(path)
     try:
         certificate_pem = certificate_path.read_bytes()
         certificate_key = x509.load_pem_x509_certificate(certificate_pem).public_key()
-    except (OSError, ValueError, UnsupportedAlgorithm) as error:
+    except (OSError, ValueError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise TrustError(f"{certificate_path} is damaged ({error}); {again}") from error
     if certificate_key != key.public_key():
         raise TrustError(f"{certificate_path} is for another key than {path}; {again}")
@@ -112,6 +118,67 @@ def load(directory: Path) -> Identity | None:
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
     return Identity(key, key_pem, certificate_pem, source)
+
+
+def stage(directory: Path) -> ec.EllipticCurvePrivateKey:
+    """Returns a new device key, made at the first call, while the old one stays in force.
+
+    Raises:
+        AgentError: this vehicle has not enrolled yet.
+        TrustError: the file of the new key holds something else.
+    """
+    settle(directory)
+    if not (directory / CERTIFICATE_FILE).exists():
+        raise AgentError("this vehicle is not enrolled yet; leave --again out")
+    return make_key(directory / STAGED)
+
+
+def swap(directory: Path, certificate_der: bytes, source: str) -> None:
+    """Puts the new key in force, with its certificate; the old one is gone afterwards.
+
+    Raises:
+        TrustError: the certificate is malformed or for another key, or the
+            cloud names another pseudonym; the old identity stays in force.
+    """
+    try:
+        old = _read_source(directory / IDENTITY_FILE)
+    except (OSError, ValueError, KeyError, TypeError):
+        old = source  # damaged, which may be why it enrols again: nothing to compare with
+    if source != old:
+        raise TrustError(
+            f"the cloud names this vehicle {source or 'nothing'}, its usage is reported as {old};"
+            " nothing is changed"
+        )
+    save(directory / STAGED, certificate_der, source)
+    (directory / STAGED).rename(directory / IN_FORCE)
+    sync_folder(directory)
+    settle(directory)
+
+
+def settle(directory: Path) -> None:
+    """Moves an identity that is in force to its place, should a power cut have kept it from there."""
+    folder = directory / IN_FORCE
+    if not folder.is_dir():
+        return
+    for name in (KEY_FILE, IDENTITY_FILE, CERTIFICATE_FILE):
+        if (folder / name).exists():
+            (folder / name).rename(directory / name)
+    sync_folder(directory)
+    folder.rmdir()
+    sync_folder(directory)
+
+
+def _place(directory: Path, name: str) -> Path:
+    """Where a file of the identity in force lies."""
+    newer = directory / IN_FORCE / name
+    return newer if newer.exists() else directory / name
+
+
+def _read_source(path: Path) -> str:
+    source = json.loads(path.read_bytes())["source"]
+    if not isinstance(source, str) or not source:
+        raise TypeError("source is not a text")
+    return source
 
 
 def _read_key(path: Path) -> ec.EllipticCurvePrivateKey:
@@ -122,21 +189,3 @@ def _read_key(path: Path) -> ec.EllipticCurvePrivateKey:
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
         raise TrustError(f"{path} holds a key of another kind, expected P-256")
     return key
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Replaces a file by way of a new one, and syncs both the file and its folder; mode 0600."""
-    fresh = path.with_name(path.name + ".new")
-    # Always a file of our own: what lies there may have another mode, or be a link.
-    fresh.unlink(missing_ok=True)
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(descriptor)
-    fresh.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -1,7 +1,9 @@
 """The stream to the cloud: one thread that connects, reads, and connects again.
 
-gRPC over mTLS; the server is checked against the CA that ships in the image,
-and there is no way around it. After a failure the next try waits for a random
+gRPC over mTLS. The server is known by the certificates that the director has
+signed for this, each within its signed validity at trusted time; before it has
+signed any, by the CA that ships in the image. There is no way around it, and no
+fallback from one to the other. After a failure the next try waits for a random
 time below a bound that doubles (full jitter), from BACKOFF_FIRST_S up to
 BACKOFF_MOST_S; it begins anew once the cloud has said something.
 """
@@ -11,15 +13,18 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import grpc
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from agent import wire
 from agent.adapters.identity import Identity
-from agent.errors import TransportError, TrustError
+from agent.errors import NoValidAnchorError, TransportError, TrustError
 from agent.events import Event, LinkDown, LinkUp, UpdateArrived, UpdateRefused, UsageRefused
+from agent.model import TlsAnchor
 from agent.ports import Random
 from common import log
 from openfod.usage.v1 import usage_pb2
@@ -55,7 +60,10 @@ _OPTIONS = [
 ]
 
 _WORDS = (
-    ("CERTIFICATE_VERIFY_FAILED", "its certificate is not from the CA in cloud.root_ca"),
+    (
+        "CERTIFICATE_VERIFY_FAILED",
+        "its certificate is not from the CA in cloud.root_ca, or from the anchors that the director signed",
+    ),
     ("Hostname Verification Check failed", "its certificate is for another name; see cloud.server_name"),
     ("is not verified by", "its certificate is for another name; see cloud.server_name"),
     ("WRONG_VERSION_NUMBER", "it does not speak TLS, and this agent speaks nothing else"),
@@ -71,7 +79,7 @@ class Link:
     def __init__(
         self,
         endpoint: str,
-        root_ca: bytes,
+        roots: Callable[[], tuple[bytes, ...]],
         server_name: str,
         identity: Identity,
         random: Random,
@@ -81,12 +89,17 @@ class Link:
         """Prepares the link; nothing is connected yet.
 
         Args:
+            roots: gives the certificates, PEM, by which the server may be known
+                now (`server_roots`); raises TransportError if there are none.
+                Called in this link's thread and in that of `recheck`.
             server_name: name in the server's certificate, if not the endpoint's.
             post: takes events, from the link's thread.
             receipt: takes receipts, unverified.
         """
         self._endpoint = endpoint
-        self._root_ca = root_ca
+        self._roots = roots
+        self._known_by: frozenset[bytes] = frozenset()
+        self._given_up = ""
         self._server_name = server_name
         self._identity = identity
         self._random = random
@@ -125,6 +138,25 @@ class Link:
                 _log.warning("the cloud does not read; giving the stream up", waiting=MAX_WAITING)
                 self._call.cancel()
 
+    def recheck(self) -> None:
+        """Ends the stream if what its server was known by is no longer all valid.
+
+        The next try then uses what is valid. To be called several times a minute.
+        """
+        with self._lock:
+            if self._call is None or self._given_up:
+                return
+            try:
+                valid, reason = (
+                    frozenset(self._roots()),
+                    "a certificate that the cloud was known by has ended",
+                )
+            except TransportError as error:
+                valid, reason = frozenset(), str(error)
+            if not self._known_by <= valid:
+                self._given_up = reason
+                self._call.cancel()
+
     def _run(self) -> None:
         bound_s = BACKOFF_FIRST_S
         while not self._stop.is_set():
@@ -143,8 +175,10 @@ class Link:
         Raises:
             TransportError: there was no connection.
         """
+        roots = self._roots()
+        self._known_by = frozenset(roots)
         credentials = grpc.ssl_channel_credentials(
-            self._root_ca, self._identity.key_pem, self._identity.certificate_pem
+            b"".join(roots), self._identity.key_pem, self._identity.certificate_pem
         )
         options = list(_OPTIONS)
         if self._server_name:
@@ -162,7 +196,7 @@ class Link:
         out: queue.SimpleQueue[pb.ConnectRequest | None] = queue.SimpleQueue()
         call = rpc.VehicleServiceStub(channel).Connect(_drain(out))
         with self._lock:
-            self._out, self._call = out, call
+            self._out, self._call, self._given_up = out, call, ""
             if self._stop.is_set():  # since the check above: nobody else would end this call
                 call.cancel()
         self._post(LinkUp())
@@ -178,7 +212,7 @@ class Link:
                 self._out = self._call = None
             out.put(None)
             call.cancel()
-        self._post(LinkDown(reason))
+        self._post(LinkDown(self._given_up or reason))
         return was_heard
 
     def _is_ready(self, channel: grpc.Channel) -> bool:
@@ -268,6 +302,41 @@ def enroll(endpoint: str, root_ca: bytes, server_name: str, request: pb.EnrollRe
             return rpc.EnrolmentServiceStub(channel).Enroll(request, timeout=CONNECT_S)
         except grpc.RpcError as error:
             raise TransportError(f"{endpoint}: {_describe(error)}") from error
+
+
+def server_roots(anchors: Sequence[TlsAnchor], ca: bytes, now_ms: int) -> tuple[bytes, ...]:
+    """The certificates by which the cloud's servers may be known now, PEM.
+
+    The certificates' own dates say nothing, so that TLS needs no clock: the
+    signed ones decide, at trusted time. A certificate that is no X.509 is
+    left out: it would spoil the others.
+
+    Args:
+        anchors: as the director signed them; empty before it has signed any.
+        ca: CA of the image, PEM; counts only if there are no anchors.
+        now_ms: trusted time, Unix milliseconds.
+
+    Raises:
+        NoValidAnchorError: there are anchors, and none is valid.
+    """
+    if not anchors:
+        return (ca,)
+    valid = [a.certificate_der for a in anchors if a.not_before_ms <= now_ms < a.not_after_ms]
+    roots = tuple(pem for der in valid if (pem := _pem(der)))
+    if not roots:
+        raise NoValidAnchorError(
+            f"none of the {len(anchors)} certificates that the director signed for the cloud's servers"
+            " is valid at the trusted time, so there is no connection;"
+            " fod-agent import of a new file brings newer ones"
+        )
+    return roots
+
+
+def _pem(der: bytes) -> bytes:
+    try:
+        return x509.load_der_x509_certificate(der).public_bytes(Encoding.PEM)
+    except (ValueError, x509.InvalidVersion):
+        return b""
 
 
 def read_ca(path: Path) -> bytes:

@@ -2,7 +2,9 @@
 
 `GET /v1/status` answers what `fod-agent status` shows. The answer is made by
 the agent's loop, so that it is one consistent moment, and is never cacheable:
-a revoked right must not live on in a client.
+a revoked right must not live on in a client. `POST /v1/import` takes a file of
+rights; the file is verified like every other update, so that the socket grants
+nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import json
 import os
 import socket
 import socketserver
+import struct
 import sys
 import threading
 from collections.abc import Callable
@@ -19,7 +22,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
-from agent.errors import TransportError
+from agent.errors import AgentError, NotRunningError, TransportError
 from common import log
 
 MAX_SOCKET_PATH = 100
@@ -30,6 +33,9 @@ MAX_CLIENTS = 32
 """Clients served at once; one more is turned away."""
 MAX_ANSWER_BYTES = 4_194_304
 """Longest answer that `ask` reads."""
+MAX_BODY_BYTES = 4_194_304
+"""Longest body of a request: a file of rights."""
+STATUS, IMPORT = "/v1/status", "/v1/import"
 
 _log = log.get(__name__)
 
@@ -38,6 +44,7 @@ class _Server(socketserver.ThreadingUnixStreamServer):
     daemon_threads = True
     request_queue_size = MAX_CLIENTS
     status: Callable[[], dict[str, object]]
+    take: Callable[[bytes], dict[str, object]]
 
     def __init__(self, path: str, handler: type[BaseHTTPRequestHandler]) -> None:
         self._places = threading.BoundedSemaphore(MAX_CLIENTS)
@@ -51,9 +58,12 @@ class _Server(socketserver.ThreadingUnixStreamServer):
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
-            super().process_request_thread(request, client_address)
+            self.finish_request(request, client_address)
+        except Exception:  # noqa: BLE001 (as socketserver does)
+            self.handle_error(request, client_address)
         finally:
-            self._places.release()
+            self._places.release()  # before the client sees the end: it may ask again at once
+            self.shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 (signature given)
         # Mostly a client that went away before its answer.
@@ -65,13 +75,42 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = ANSWER_S
 
     def do_GET(self) -> None:
-        if self.path != "/v1/status":
-            self._answer(404, {"error": f"{self.path} is not here; try /v1/status"})
-            return
+        if self.path == STATUS:
+            self._answer_with(self.server.status)
+        else:
+            self._answer(404, {"error": f"{self.path} is not here; try {STATUS}"})
+
+    def do_POST(self) -> None:
+        self.close_connection = True
+        length = self.headers.get("Content-Length", "")
+        if self.path != IMPORT:
+            self._answer(404, {"error": f"{self.path} takes nothing; try {IMPORT}"})
+        elif not length.isascii() or not length.isdigit():
+            self._answer(411, {"error": "the length of the body is missing"})
+        elif len(length) > 10 or int(length) > MAX_BODY_BYTES:  # noqa: PLR2004 (digits, before int reads them)
+            self._answer(413, {"error": f"expected at most {MAX_BODY_BYTES} bytes"})
+        else:
+            # Read even if it is refused: a client that is still sending would miss the answer.
+            content = self.rfile.read(int(length))
+            if not self._is_owner():
+                self._answer(403, {"error": "only the owner of the socket may bring rights"})
+            elif len(content) == int(length):
+                self._answer_with(lambda: self.server.take(content))
+
+    def _is_owner(self) -> bool:
+        """Whether the other side is this agent's own user, or root (unix(7), SO_PEERCRED)."""
+        size = struct.calcsize("3i")
+        credentials = self.connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+        _, uid, _ = struct.unpack("3i", credentials)
+        return uid in {0, os.geteuid()}
+
+    def _answer_with(self, make: Callable[[], dict[str, object]]) -> None:
         try:
-            self._answer(200, self.server.status())
+            self._answer(200, make())
         except TimeoutError:
             self._answer(503, {"error": f"the agent did not answer within {ANSWER_S:.0f} s"})
+        except AgentError as error:
+            self._answer(422, {"error": error.kind, "reason": str(error)})
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:  # noqa: ARG002
         """Refuses what is not HTTP, or not GET, in the form of every other answer."""
@@ -97,12 +136,19 @@ class _Handler(BaseHTTPRequestHandler):
 class LocalApi:
     """Serves the local interface until `close`."""
 
-    def __init__(self, path: Path, status: Callable[[], dict[str, object]]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        status: Callable[[], dict[str, object]],
+        take: Callable[[bytes], dict[str, object]],
+    ) -> None:
         """Opens the socket, mode 0600.
 
         Args:
             status: makes the status, called in a thread of the server; raises
                 TimeoutError if the loop does not answer.
+            take: takes a file of rights and returns what changed, called in the
+                same way; raises AgentError if it is refused.
 
         Raises:
             TransportError: the socket cannot be made.
@@ -122,7 +168,7 @@ class LocalApi:
             raise TransportError(f"{path}: {error.strerror}") from error
         finally:
             os.umask(before)
-        self._server.status = status
+        self._server.status, self._server.take = status, take
         self._thread = threading.Thread(target=self._server.serve_forever, name="local-api", daemon=True)
         self._thread.start()
 
@@ -144,21 +190,48 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock.connect(str(self._unix_path))
 
 
-def ask(path: Path, resource: str) -> dict[str, object]:
+def ask(path: Path, resource: str = STATUS) -> dict[str, object]:
     """Asks a running agent.
 
     Raises:
-        TransportError: none is running there, or it did not answer.
+        NotRunningError: none is running there.
+        TransportError: it did not answer.
     """
+    status, content = _exchange(path, "GET", resource, None)
+    if status != http.client.OK:
+        raise TransportError(f"the agent at {path} answered {status}: {content}")
+    return content
+
+
+def bring(path: Path, content: bytes) -> dict[str, object]:
+    """Hands a running agent a file of rights; returns what changed, or its refusal.
+
+    A refusal holds `error` and `reason`; the answer to what was taken does not.
+
+    Raises:
+        NotRunningError: none is running there.
+        TransportError: it did not answer.
+    """
+    status, answer = _exchange(path, "POST", IMPORT, content)
+    if status not in {http.client.OK, http.client.UNPROCESSABLE_ENTITY}:
+        raise TransportError(f"the agent at {path} answered {status}: {answer}")
+    return answer
+
+
+def _exchange(path: Path, method: str, resource: str, body: bytes | None) -> tuple[int, dict[str, object]]:
     connection = _UnixConnection(path)
     try:
-        connection.request("GET", resource)
+        try:
+            connection.connect()
+        except OSError as error:
+            raise NotRunningError(f"no agent answers at {path}: {error}") from error
+        connection.request(method, resource, body)
         response = connection.getresponse()
         content = json.loads(response.read(MAX_ANSWER_BYTES))
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise TransportError(f"no agent answers at {path}: {error}") from error
     finally:
         connection.close()
-    if response.status != http.client.OK or not isinstance(content, dict):
+    if not isinstance(content, dict):
         raise TransportError(f"the agent at {path} answered {response.status}: {content}")
-    return content
+    return response.status, content

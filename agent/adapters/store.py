@@ -3,9 +3,10 @@
 Trusted metadata, floors, time mark and the usage journal share the file, so
 that each change is one transaction: the old or the new state, never neither.
 The trusted state is what was received, byte for byte; it is verified again at
-each start. A file of a newer schema is refused, not guessed at. A file comes into
-being whole, so that an empty one is damage and not a first start. One agent at
-a time may hold it: two would write two continuations of one journal.
+each start. A file of a newer schema is refused, not guessed at; one of an older
+schema is brought up in one transaction. A file comes into being whole, so that an
+empty one is damage and not a first start. One agent at a time may hold it: two
+would write two continuations of one journal.
 """
 
 from __future__ import annotations
@@ -21,17 +22,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from agent.adapters.files import sync_folder
 from agent.errors import JournalError
 from agent.events import StoreTrust, StoreUsage
 from agent.metering.meter import OpenWindow
 from agent.metering.record import GENESIS_HASH, Head
-from agent.model import MeterKind, RepositoryBytes, TrustBytes, Versions
+from agent.model import MeterKind, RepositoryBytes, TrustBytes
+from agent.trust.floors import floors_to_json, read_floors
+from agent.trust.grant_log import LogEntry, LogHead
 from agent.trust.verifier import Floors
 
-SCHEMA_VERSION = 1
-"""PRAGMA user_version of the files that this code reads and writes."""
+SCHEMA_VERSION = 2
+"""PRAGMA user_version of the files that this code writes; it brings older ones up to this."""
 
-_SCHEMA = """
+_TABLES_1 = """
 CREATE TABLE value (name TEXT PRIMARY KEY, content BLOB NOT NULL) STRICT;
 CREATE TABLE metadata (
     repository TEXT NOT NULL, role TEXT NOT NULL, position INTEGER NOT NULL, content BLOB NOT NULL,
@@ -46,6 +50,10 @@ CREATE TABLE used (
     PRIMARY KEY (entitlement_id, meter_id)) STRICT;
 CREATE TABLE receipt (through_seq INTEGER PRIMARY KEY, content BLOB NOT NULL, signature BLOB NOT NULL) STRICT;
 """
+_TABLES_2 = """
+CREATE TABLE grant_log (seq INTEGER PRIMARY KEY, hash BLOB NOT NULL, content BLOB NOT NULL) STRICT;
+"""
+"""What version 2 adds to version 1."""
 
 _NEXT_STEP = (
     "put a backup in its place, or move it and the -wal and -shm files beside it away and start again:"
@@ -61,6 +69,8 @@ class Stored:
         as_of_ms: signed time of the last good refresh; 0 if there was none.
         mark_ms: highest trusted time that was ever noted.
         same_boot: the open windows' monotonic times are of this boot.
+        mark_epoch: director keys that the mark belongs to, as `Floors.director_epoch`
+            names them; empty if nothing was ever signed for it.
     """
 
     trust: TrustBytes
@@ -73,6 +83,8 @@ class Stored:
     windows: tuple[OpenWindow, ...]
     used: Mapping[tuple[str, str], int]
     same_boot: bool
+    mark_epoch: str = ""
+    log_head: LogHead = LogHead()
 
 
 class Store:
@@ -102,7 +114,7 @@ class Store:
             if journal_id is not None:  # a damaged file was left as it was until here
                 self._read("PRAGMA journal_mode=WAL")
                 self._read("PRAGMA synchronous=FULL")
-        except (OSError, sqlite3.Error, ValueError) as error:
+        except (OSError, sqlite3.Error, ValueError, KeyError, TypeError) as error:
             self.close()
             reason = error.strerror if isinstance(error, OSError) else error
             next_step = "" if isinstance(error, OSError) else f"; {_NEXT_STEP}"
@@ -132,6 +144,21 @@ class Store:
             )
         if version < 1:
             raise JournalError(f"{self.path} is damaged: it is empty; {_NEXT_STEP}")
+        if version < SCHEMA_VERSION:
+            if journal_id is None:
+                self._look_at_a_copy()
+            assert self._db is not None
+            _bring_up(self._db)
+            if journal_id is None:
+                self._read("PRAGMA query_only=ON")
+
+    def _look_at_a_copy(self) -> None:
+        """Goes on with a copy in memory: who only looks leaves an older file as it is."""
+        assert self._db is not None
+        copy = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        self._db.backup(copy)
+        self._db.close()
+        self._db = copy
 
     def _connect(self, uri: str) -> None:
         self._db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=10)
@@ -189,8 +216,11 @@ class Store:
 
     # --- trust -----------------------------------------------------------------
 
-    def store_trust(self, command: StoreTrust, floors: Floors) -> None:
-        """Replaces the trusted state, with its floors and the time mark.
+    def store_trust(self, command: StoreTrust, floors: Floors, mark_epoch: str | None = None) -> None:
+        """Replaces the trusted state, with its floors and the time mark; appends to the owner's log.
+
+        Args:
+            mark_epoch: director keys that the mark belongs to from now; None: as before.
 
         Raises:
             JournalError: nothing was changed.
@@ -213,9 +243,13 @@ class Store:
                 db.executemany(
                     "INSERT INTO target VALUES (?, ?, ?)", [(name, p, c) for p, c in targets.items()]
                 )
-            _put(db, "floors", _floors_to_json(floors))
+            _put(db, "floors", floors_to_json(floors))
             _put(db, "as_of_ms", command.signed_ms)
-            _put(db, "contact_ms", command.mark_ms)
+            if command.live:
+                _put(db, "contact_ms", command.mark_ms)
+            if mark_epoch is not None:
+                _put(db, "mark_epoch", mark_epoch)
+            _append_log(db, command.entries)
             # As the clock says it: only a new epoch of the director's keys may set it back.
             _put(db, "mark_ms", command.mark_ms)
 
@@ -257,6 +291,7 @@ class Store:
                 " ON CONFLICT (entitlement_id, meter_id) DO UPDATE SET amount = excluded.amount",
                 [(e, m, amount) for (e, m), amount in command.used.items()],
             )
+            _append_log(db, command.entries)
             _put(db, "boot_id", self._boot_id)
             _put(db, "mark_ms", command.mark_ms)
 
@@ -300,6 +335,16 @@ class Store:
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO receipt VALUES (?, ?, ?)", (through_seq, content, signature))
 
+    def grant_log(self) -> tuple[bytes, ...]:
+        """The entries of the owner's log, as written.
+
+        Raises:
+            JournalError: they cannot be read.
+        """
+        with self._reading():
+            rows = self._read("SELECT content FROM grant_log ORDER BY seq")
+        return tuple(content for (content,) in rows)
+
     def journal_id(self) -> str:
         """Identifier of the journal, 16 hex digits; fixed, so any thread may ask."""
         return self._journal_id
@@ -312,6 +357,10 @@ class Store:
             raise JournalError(f"{self.path} cannot be read: {error}; {_NEXT_STEP}") from error
 
     # --- start -------------------------------------------------------------------
+
+    def _log_head(self) -> LogHead:
+        last = self._read("SELECT seq, hash FROM grant_log ORDER BY seq DESC LIMIT 1")
+        return LogHead(last[0][0], bytes(last[0][1])) if last else LogHead()
 
     def load(self) -> Stored:
         """Reads everything that the agent starts from.
@@ -329,7 +378,7 @@ class Store:
                 raise ValueError(f"record {seq} does not have the hash that is noted for it")
             return Stored(
                 trust=self._trust(),
-                floors=_floors_from_json(self._get("floors", {})),
+                floors=read_floors(found) if (found := self._get("floors", {})) != {} else Floors(),
                 as_of_ms=self._number("as_of_ms"),
                 mark_ms=self._number("mark_ms"),
                 contact_ms=self._number("contact_ms"),
@@ -338,7 +387,13 @@ class Store:
                 windows=tuple(_window_from_json(json.loads(content)) for (content,) in windows),
                 used={(e, m): amount for e, m, amount in used},
                 same_boot=self._get("boot_id", "") == self._boot_id,
+                mark_epoch=str(self._get("mark_epoch", "")),
+                log_head=self._log_head(),
             )
+
+
+def _append_log(db: sqlite3.Connection, entries: tuple[LogEntry, ...]) -> None:
+    db.executemany("INSERT INTO grant_log VALUES (?, ?, ?)", [(e.seq, e.hash, e.content) for e in entries])
 
 
 def _create(path: Path, journal_id: str) -> None:
@@ -352,55 +407,34 @@ def _create(path: Path, journal_id: str) -> None:
     with closing(sqlite3.connect(fresh, isolation_level=None)) as db:
         db.execute("PRAGMA synchronous=FULL")
         db.execute("BEGIN")
-        for statement in _SCHEMA.split(";"):
+        for statement in (_TABLES_1 + _TABLES_2).split(";"):
             db.execute(statement)
         _put(db, "journal_id", journal_id)
         db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
         db.execute("COMMIT")
     fresh.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
+
+
+def _bring_up(db: sqlite3.Connection) -> None:
+    """Brings a file of version 1 up to version 2, in one transaction; closing undoes half a one."""
+    db.execute("BEGIN IMMEDIATE")
+    for statement in _TABLES_2.split(";"):
+        db.execute(statement)
+    row = db.execute("SELECT content FROM value WHERE name = 'floors'").fetchone()
+    if row is not None:
+        # Version 1 knew no owner epochs, and its mark was of the keys that its floors name.
+        floors = read_floors({**json.loads(row[0]), "owner_epoch": 0})
+        _put(db, "floors", floors_to_json(floors))
+        _put(db, "mark_epoch", floors.director_epoch)
+    db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+    db.execute("COMMIT")
 
 
 def _put(db: sqlite3.Connection, name: str, content: object) -> None:
     db.execute(
         "INSERT INTO value VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET content = excluded.content",
         (name, json.dumps(content).encode()),
-    )
-
-
-def _versions(versions: Versions) -> list[int]:
-    return [versions.root, versions.timestamp, versions.snapshot, versions.targets]
-
-
-def _floors_to_json(floors: Floors) -> dict[str, object]:
-    return {
-        "director": _versions(floors.director),
-        "catalogue": _versions(floors.catalogue),
-        "time_ms": floors.time_ms,
-        "tokens": [[e, f, c] for (e, f), c in floors.token_counters.items()],
-        "releases": dict(floors.releases),
-        "director_epoch": floors.director_epoch,
-        "catalogue_epoch": floors.catalogue_epoch,
-    }
-
-
-def _floors_from_json(content: object) -> Floors:
-    if not isinstance(content, dict):
-        raise TypeError("floors are not a table")
-    if not content:
-        return Floors()
-    return Floors(
-        director=Versions(*map(_int, content["director"])),
-        catalogue=Versions(*map(_int, content["catalogue"])),
-        time_ms=_int(content["time_ms"]),
-        token_counters={(str(e), str(f)): _int(c) for e, f, c in content["tokens"]},
-        releases={str(f): _int(r) for f, r in dict(content["releases"]).items()},
-        director_epoch=str(content["director_epoch"]),
-        catalogue_epoch=str(content["catalogue_epoch"]),
     )
 
 

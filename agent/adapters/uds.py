@@ -53,6 +53,8 @@ _FLOW_CONTROL = 3
 _ECHOED_BYTES = {0x10: 1, 0x22: 2, 0x2E: 2, 0x31: 3}
 """Bytes after the SID that a positive response repeats (ISO 14229-1:2020, 10.2, 11.2, 12.7, 14.2)."""
 _NEGATIVE = 0x7F
+_SWITCH_INDEX = 1
+"""Place of the request that carries the token: after the session, before the read-back."""
 _FIRST_UDS_SERVICE = 0x10
 _POSITIVE_OFFSET = 0x40
 
@@ -70,6 +72,8 @@ class _Ecu:
     waiting_ns: int = 0
     job: RunEcu | None = None
     index: int = 0
+    request: bytes = b""
+    has_announced: bool = False
     answer: bytes = b""
     deadline_ns: int = 0
     pending: int = 0
@@ -211,8 +215,8 @@ class UdsClient:
                 self._wait(ecu, now_ns)
                 return
             ecu.waiting_ns = 0
-            ecu.job, ecu.index = ecu.jobs.popleft(), 0
-            self._begin_request(ecu, now_ns)
+            ecu.job, ecu.index, ecu.has_announced = ecu.jobs.popleft(), 0, False
+            self._begin(ecu, ecu.job.requests[0], now_ns)
         while ecu.job is not None:
             try:
                 ecu.layer.process()
@@ -244,9 +248,9 @@ class UdsClient:
             error = EcuBusyError(f"{ecu.spec.identifier}: another tester has spoken for {seconds} s")
             self._done(EcuDone(ecu.jobs.popleft().feature_id, b"", error))
 
-    def _begin_request(self, ecu: _Ecu, now_ns: int) -> None:
+    def _begin(self, ecu: _Ecu, request: bytes, now_ns: int) -> None:
         assert ecu.job is not None
-        request = ecu.job.requests[ecu.index]
+        ecu.request = request
         ecu.layer.reset()
         ecu.received.clear()
         ecu.pending, ecu.is_answering, ecu.trouble = 0, False, None
@@ -268,13 +272,15 @@ class UdsClient:
 
     def _take(self, ecu: _Ecu, answer: bytes, now_ns: int) -> None:
         assert ecu.job is not None
-        request = ecu.job.requests[ecu.index]
+        request = ecu.request
         if answer[:2] == bytes([_NEGATIVE, request[0]]) and len(answer) >= 3:  # noqa: PLR2004 (7F SID NRC)
             nrc = answer[2]
             if nrc == ResponseCode.RequestCorrectlyReceived_ResponsePending and ecu.pending < MAX_PENDING:
                 ecu.pending += 1
                 ecu.is_answering = False
                 ecu.deadline_ns = now_ns + P2_STAR_NS
+                return
+            if nrc == ResponseCode.SecurityAccessDenied and self._announce(ecu, now_ns):
                 return
             name = ResponseCode.get_name(nrc)
             self._end(ecu, NegativeResponseError(ecu.spec.identifier, service=answer[1], nrc=nrc, name=name))
@@ -292,11 +298,22 @@ class UdsClient:
             return
         self._guard.close(ecu.spec)
         ecu.answer = answer
-        ecu.index += 1
+        if request != ecu.job.token_key:  # after the key, the token once more
+            ecu.index += 1
         if ecu.index < len(ecu.job.requests):
-            self._begin_request(ecu, now_ns)
+            self._begin(ecu, ecu.job.requests[ecu.index], now_ns)
         else:
             self._end(ecu, None)
+
+    def _announce(self, ecu: _Ecu, now_ns: int) -> bool:
+        """Sends the token key that a refused token may lack, if the job brings one; once in each job."""
+        assert ecu.job is not None
+        if ecu.has_announced or not ecu.job.token_key or ecu.index != _SWITCH_INDEX:
+            return False
+        ecu.has_announced = True
+        self._guard.close(ecu.spec)
+        self._begin(ecu, ecu.job.token_key, now_ns)
+        return True
 
     def _end(self, ecu: _Ecu, error: VehicleError | None) -> None:
         job, ecu.job = ecu.job, None

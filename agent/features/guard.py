@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from agent.errors import GuardRefusal
-from agent.model import ActuatorKind, EcuSpec, FeatureSpec, Frame, Rights, Token
+from agent.model import ActuatorKind, EcuSpec, FeatureSpec, Frame, Rights, Token, TokenKeyAnnouncement
 
 MAX_FRAMES_PER_S = 200
 """Frames in any second, all ECUs together: a token takes about 20."""
@@ -33,6 +33,7 @@ _MAX_FLOW_STATUS = 2
 _SESSION_CONTROL = 0x10
 _DEFAULT_SESSION = 0x01
 _READ = 0x22
+_ANNOUNCE = bytes.fromhex("31010F0C")
 _NS_PER_S = 1_000_000_000
 
 
@@ -44,6 +45,8 @@ class _Allowed:
     """Requests that are allowed as they stand: reads, sessions, releases."""
     tokens: Mapping[tuple[bytes, str], str]
     """(request before the token, SHA-256 of the token) → feature, while it may be sent."""
+    token_key: str
+    """SHA-256 of the token key's announcement; empty if it may not be sent."""
 
 
 @dataclass
@@ -91,7 +94,13 @@ class Guard:
             if token is not None and (not token.allows or feature.feature_id in live):
                 place = (feature.activate, token.sha256)
                 tokens.setdefault(feature.ecu, {})[place] = feature.feature_id
-        self._ecus = {ecu: _Allowed(frozenset(exact[ecu]), tokens.get(ecu, {})) for ecu in exact}
+        # Who gets no token of this set needs no key for it.
+        keyed = {f.ecu for f in rights.features.values() if f.feature_id in rights.tokens}
+        token_key = rights.token_key.sha256 if rights.token_key else ""
+        self._ecus = {
+            ecu: _Allowed(frozenset(exact[ecu]), tokens.get(ecu, {}), token_key if ecu in keyed else "")
+            for ecu in exact
+        }
         self._request_ids = frozenset((ecu.bus, ecu.request_id) for ecu in exact)
         # What is out already can only be answered; the rest of a request must still be allowed.
         self._open = {
@@ -132,7 +141,7 @@ class Guard:
         if not self._allows(ecu, payload):
             raise GuardRefusal(
                 f"request {payload[:8].hex(' ')}… to {ecu.identifier} is neither in the signed catalogue"
-                " nor does it carry the token of a live right"
+                " nor does it carry the token of a live right or the listed token key"
             )
         self._open[key] = _Open(ecu, payload)
 
@@ -173,7 +182,9 @@ class Guard:
 
     def _allows(self, ecu: EcuSpec, payload: bytes) -> bool:
         allowed = self._ecus.get(ecu)
-        return allowed is not None and (payload in allowed.exact or _carries_token(payload, allowed))
+        return allowed is not None and (
+            payload in allowed.exact or _carries_token(payload, allowed) or _carries_key(payload, allowed)
+        )
 
     def _refuse_if_silent(self) -> None:
         if self._listen_only:
@@ -185,6 +196,11 @@ class Guard:
 def activation_request(feature: FeatureSpec, token: Token) -> bytes:
     """The request that carries a token to its ECU."""
     return feature.activate + token.content
+
+
+def announcement_request(token_key: TokenKeyAnnouncement) -> bytes:
+    """The request that announces a token key to an ECU (docs/token.md, "UDS")."""
+    return _ANNOUNCE + token_key.content
 
 
 def read_back_request(feature: FeatureSpec) -> bytes:
@@ -213,6 +229,11 @@ def _carries_token(payload: bytes, allowed: _Allowed) -> bool:
         payload.startswith(prefix) and hashlib.sha256(payload[len(prefix) :]).hexdigest() == sha256
         for prefix, sha256 in allowed.tokens
     )
+
+
+def _carries_key(payload: bytes, allowed: _Allowed) -> bool:
+    digest = hashlib.sha256(payload.removeprefix(_ANNOUNCE)).hexdigest()
+    return payload.startswith(_ANNOUNCE) and digest == allowed.token_key
 
 
 def _take(request: _Open, data: bytes) -> bool:

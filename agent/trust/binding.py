@@ -64,6 +64,24 @@ def read_metadata(content: bytes, what: str, *, limit: int) -> Metadata:
     bounded(f"{what}, bytes", limit=limit, found=len(content))
     if not content:
         raise MalformedError(f"{what}: missing")
+    document = read_json(content, what)
+    signed = document.get("signed") if isinstance(document, dict) else None
+    if not isinstance(signed, dict):
+        raise MalformedError(f"{what}: expected an object with an object named signed")
+    version = signed.get("version")
+    if not is_integer(version) or not 1 <= version <= MAX_VERSION:
+        raise MalformedError(f"{what}.version: expected 1 to {MAX_VERSION}, found {shown(version)}")
+    return Metadata(what, content, signed, version)
+
+
+def read_json(content: bytes, what: str) -> object:
+    """Read JSON that every reader understands alike.
+
+    Raises:
+        LimitError: nested too deeply.
+        MalformedError: not JSON, a key that stands twice, or a number that is
+            not an integer.
+    """
     _check_depth(content, what)
 
     def refuse_number(text: str) -> NoReturn:
@@ -76,7 +94,7 @@ def read_metadata(content: bytes, what: str, *, limit: int) -> Metadata:
         return found
 
     try:
-        document = json.loads(
+        document: object = json.loads(
             content.decode("utf-8"),
             object_pairs_hook=unique_keys,
             parse_float=refuse_number,
@@ -84,13 +102,7 @@ def read_metadata(content: bytes, what: str, *, limit: int) -> Metadata:
         )
     except ValueError as error:  # bad UTF-8, bad JSON, or a number of thousands of digits
         raise MalformedError(f"{what}: not JSON: {error}") from error
-    signed = document.get("signed") if isinstance(document, dict) else None
-    if not isinstance(signed, dict):
-        raise MalformedError(f"{what}: expected an object with an object named signed")
-    version = signed.get("version")
-    if not is_integer(version) or not 1 <= version <= MAX_VERSION:
-        raise MalformedError(f"{what}.version: expected 1 to {MAX_VERSION}, found {shown(version)}")
-    return Metadata(what, content, signed, version)
+    return document
 
 
 def check_vehicle(metadata: Metadata, vin: str) -> None:
@@ -123,6 +135,37 @@ def check_nonce(timestamp: Metadata, nonce: bytes) -> None:
         raise ReplayError(
             f"{timestamp.what}.nonce: expected {nonce.hex()}, found {shown(found)}:"
             " a captured or replayed answer; nothing of it is used"
+        )
+
+
+def check_live(timestamp: Metadata, nonce: bytes) -> None:
+    """Refuse a timestamp of the stream that was signed for a file, or for another nonce.
+
+    Args:
+        timestamp: of the director.
+        nonce: 16 bytes, sent by this vehicle and not yet answered.
+
+    Raises:
+        ReplayError: another nonce, none, or signed as offline.
+    """
+    check_nonce(timestamp, nonce)
+    if "offline" in timestamp.signed:
+        raise ReplayError(f"{timestamp.what}: expected a live answer, found one signed as offline; not used")
+
+
+def check_offline(timestamp: Metadata) -> None:
+    """Refuse a timestamp of a file that was not signed for a file.
+
+    A captured answer to a nonce would else be fresh once more.
+
+    Raises:
+        ReplayError: not signed as offline, or with a nonce.
+    """
+    offline = timestamp.signed.get("offline")
+    if offline is not True or "nonce" in timestamp.signed:
+        raise ReplayError(
+            f"{timestamp.what}: expected offline true and no nonce, found offline {shown(offline)}"
+            f" and nonce {shown(timestamp.signed.get('nonce'))}: not made as a file; nothing of it is used"
         )
 
 

@@ -7,7 +7,8 @@ Does no I/O and reads no clock: monotonic times come in. The monotonic clock
 restarts at boot, so a `TrustedClock` is made anew at each boot from the mark.
 
 Without a signed time the clock runs on from the mark. Time while the vehicle
-was off is then missing, and its uncertainty is unknown.
+was off is then missing, and its uncertainty is unknown. So it is with the time
+in rights that came as a file: they were signed some time ago.
 """
 
 from __future__ import annotations
@@ -47,12 +48,14 @@ class TrustedClock:
         build_ms: when this software was built, Unix milliseconds.
         monotonic_ns: monotonic time at which `mark_ms` was true at least.
         signed: last signed time since boot.
+        mark_source: where the mark comes from, as `TrustedTime.source` names it.
     """
 
     mark_ms: int
     build_ms: int
     monotonic_ns: int
     signed: SignedTime | None = None
+    mark_source: str = "mark"
 
     def now(self, monotonic_ns: int) -> TrustedTime:
         """Return the time at a moment of the monotonic clock.
@@ -62,7 +65,7 @@ class TrustedClock:
         floor_ms = max(self.mark_ms, self.build_ms)
         if self.signed is None:
             elapsed_ms = _elapsed_ms(self.monotonic_ns, monotonic_ns)
-            source = "mark" if self.mark_ms > self.build_ms else "build"
+            source = self.mark_source if self.mark_ms > self.build_ms else "build"
             return TrustedTime(floor_ms + elapsed_ms, UNKNOWN_UNCERTAINTY_MS, source)
         elapsed_ms = _elapsed_ms(self.signed.received_ns, monotonic_ns)
         running_ms = self.signed.unix_ms + elapsed_ms
@@ -99,6 +102,7 @@ class TrustedClock:
                 mark_ms=signed_ms,
                 monotonic_ns=received_ns,
                 signed=SignedTime(signed_ms, received_ns, age_ms),
+                mark_source="mark",
             )
         held = self.now(received_ns)
         latest_ms = signed_ms + age_ms
@@ -109,7 +113,26 @@ class TrustedClock:
             signed = SignedTime(held.unix_ms, received_ns, max(0, latest_ms - held.unix_ms))
         else:
             signed = SignedTime(signed_ms, received_ns, age_ms)
-        return replace(self, mark_ms=held.unix_ms, monotonic_ns=received_ns, signed=signed)
+        return replace(
+            self, mark_ms=held.unix_ms, monotonic_ns=received_ns, signed=signed, mark_source="mark"
+        )
+
+    def raise_to(self, signed_ms: int, received_ns: int) -> TrustedClock:
+        """Take the verified signed time of a file: a lower bound, and nothing more.
+
+        Never lowers the time, not even in a new epoch: how old a file is,
+        nobody can tell; the next contact undoes a stolen future.
+
+        Args:
+            signed_ms: time in the file's verified timestamp, Unix milliseconds.
+            received_ns: monotonic time when it was read.
+
+        Returns:
+            The clock from now on: unchanged, or of unknown uncertainty.
+        """
+        if signed_ms <= self.now(received_ns).unix_ms:
+            return self
+        return replace(self, mark_ms=signed_ms, monotonic_ns=received_ns, signed=None, mark_source="file")
 
 
 def _elapsed_ms(from_ns: int, to_ns: int) -> int:

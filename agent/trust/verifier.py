@@ -6,10 +6,8 @@ no clock: bytes and times come in, a `Verdict` or a TrustError comes out. All
 values are immutable, so that on any error the trusted state is unchanged.
 
 Order of checks: full verification, Uptane 2.1.0 section 5.4.4.2, with the
-client workflow of TUF 1.0.34 section 5 for each repository. python-tuf's
-`TrustedMetadataSet` carries that workflow; it is internal to python-tuf,
-so its version is pinned, and tests/unit/test_trust_tuf_canary.py holds what is
-used of it.
+client workflow of TUF 1.0.34 section 5 for each repository
+(`agent.trust.repository`).
 
 Beyond plain TUF: the director's metadata is bound to the vehicle and to a
 nonce (`agent.trust.binding`); equal versions with other bytes are refused;
@@ -25,25 +23,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from functools import lru_cache
 
-from tuf.api import exceptions
-from tuf.api.metadata import Metadata, Root, Signed, Snapshot, TargetFile, Timestamp
-from tuf.ngclient._internal.trusted_metadata_set import TrustedMetadataSet
-from tuf.ngclient.config import EnvelopeType
+from tuf.api.metadata import Metadata, Root, Snapshot, TargetFile, Timestamp
 
-from agent.errors import (
-    DisagreementError,
-    ExpiredError,
-    MalformedError,
-    ReplayError,
-    RollbackError,
-    SignatureError,
-)
+from agent.errors import DisagreementError, MalformedError, ReplayError, RollbackError
 from agent.model import (
     ActuatorKind,
     Entitlement,
@@ -51,13 +38,15 @@ from agent.model import (
     RepositoryBytes,
     Rights,
     Token,
+    TokenKeyAnnouncement,
     TrustBytes,
     Verdict,
     Versions,
 )
-from agent.trust import binding
+from agent.trust import binding, repository
+from agent.trust.anchors import parse_tls_anchors
 from agent.trust.catalogue import parse_feature
-from agent.trust.token import parse_token
+from agent.trust.token import parse_announcement, parse_token
 from agent.wire import (
     MAX_CATALOGUE_TARGETS,
     MAX_DIRECTOR_TARGETS,
@@ -73,10 +62,15 @@ from agent.wire import (
 )
 
 ENTITLEMENTS_PATH = "entitlements.pb"
+TLS_PATH = "tls.json"
 
 _FEATURE_PATH = re.compile(r"features/([a-z][a-z0-9-]{1,47})/([1-9][0-9]{0,9})\.toml")
 _TOKEN_PATH = re.compile(r"tokens/([A-Za-z0-9][A-Za-z0-9_.-]{0,63})/([a-z][a-z0-9-]{1,47})\.cose")
+_TOKEN_KEY_PATH = re.compile(r"token-keys/([1-9][0-9]{0,9})\.cose")
 _UNIX_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+parse_known_feature = lru_cache(maxsize=64)(parse_feature)
+"""As `parse_feature`; the same bytes, which most updates bring again, are read once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +86,7 @@ class Floors:
             floors belong to. When a threshold of root keys replaces those, the
             versions and the time begin anew, so that a stolen key that ran
             ahead is undone (Uptane 2.1.0 section 5.4.4.3, step 4).
+        owner_epoch: counts the vehicle's owners; 0 before the first rights.
     """
 
     director: Versions = Versions()
@@ -101,15 +96,16 @@ class Floors:
     releases: Mapping[str, int] = field(default_factory=dict)
     director_epoch: str = ""
     catalogue_epoch: str = ""
+    owner_epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class _Roots:
-    """A repository's chain of roots, verified; `trusted` goes on from the last one."""
+    """A repository's chain of roots, verified; `last` is the newest one."""
 
     name: str
     chain: tuple[bytes, ...]
-    trusted: TrustedMetadataSet
+    last: Root
     stored_epoch: str
     epoch: str
 
@@ -120,6 +116,7 @@ class _Repository:
 
     content: RepositoryBytes
     versions: Versions
+    expires_ms: Mapping[str, int]  # by repository and role
     targets: Mapping[str, TargetFile]
 
 
@@ -156,11 +153,55 @@ def verify_update(
         update.director.timestamp, "director timestamp", limit=MAX_TIMESTAMP_BYTES
     )
     binding.check_vehicle(timestamp, vin)
-    binding.check_nonce(timestamp, nonce)
+    binding.check_live(timestamp, nonce)
+    return _verify_received(stored, update, timestamp, vin=vin, now_ms=now_ms, floors=floors)
+
+
+def verify_bundle(
+    stored: TrustBytes, bundle: TrustBytes, *, vin: str, now_ms: int, floors: Floors
+) -> Verdict:
+    """Verify rights that come as a file, for a workshop without network.
+
+    The checks of `verify_update`; freshness rests on versions and expiry
+    instead of a nonce. A file that is taken already may be taken again.
+
+    Args:
+        stored: trusted state; holds at least the provisioned roots.
+        bundle: as read from the file.
+        vin: VIN of this vehicle.
+        now_ms: trusted time, Unix milliseconds; may be far behind.
+        floors: what is not undercut.
+
+    Returns:
+        The complete new state. It must be durable before it is used.
+
+    Raises:
+        TrustError: as `verify_update`; ReplayError if the timestamp was not
+            signed as offline, carries a nonce, or is of a trusted version
+            with other bytes.
+    """
+    bounded_trust_bytes(bundle)
+    timestamp = binding.read_metadata(
+        bundle.director.timestamp, "director timestamp", limit=MAX_TIMESTAMP_BYTES
+    )
+    binding.check_vehicle(timestamp, vin)
+    binding.check_offline(timestamp)
+    return _verify_received(stored, bundle, timestamp, vin=vin, now_ms=now_ms, floors=floors)
+
+
+def _verify_received(
+    stored: TrustBytes,
+    update: TrustBytes,
+    timestamp: binding.Metadata,
+    *,
+    vin: str,
+    now_ms: int,
+    floors: Floors,
+) -> Verdict:
     # 2. Director root (Uptane 5.4.4.3; TUF 5.3).
     roots = _verify_roots("director", stored.director, update.director)
     # 3. The signed time, once its signature holds (Uptane 5.4.4.2, step 1: attested time).
-    _verify_signature(roots, timestamp)
+    repository.verified("director", roots.last, timestamp.content, Timestamp)
     signed_ms = binding.signed_time_ms(timestamp)
     if _is_other_epoch(roots.epoch, floors.director_epoch):
         reference_ms = signed_ms
@@ -218,6 +259,7 @@ def floors_after(verdict: Verdict, floors: Floors) -> Floors:
         releases={**floors.releases, **releases},
         director_epoch=director_epoch,
         catalogue_epoch=catalogue_epoch,
+        owner_epoch=max(floors.owner_epoch, rights.owner_epoch),
     )
 
 
@@ -262,14 +304,18 @@ def _verify(
         entitlements={},
         features=features,
         tokens=_tokens(director_files, director.targets, features, floors.token_counters),
+        token_key=_token_key(director_files),
+        tls_anchors=parse_tls_anchors(director_files[TLS_PATH]) if TLS_PATH in director_files else (),
     )
     rights = _with_entitlements(rights, director_files, vin)
+    _check_not_older("owner epoch", floors.owner_epoch, rights.owner_epoch)
     return Verdict(
         state=TrustBytes(director.content, catalogue.content, director_files, catalogue_files),
         director=director.versions,
         catalogue=catalogue.versions,
         rights=rights,
         signed_ms=signed_ms,
+        expires_ms={**director.expires_ms, **catalogue.expires_ms},
     )
 
 
@@ -278,46 +324,36 @@ def _verify(
 
 def _verify_roots(name: str, stored: RepositoryBytes, update: RepositoryBytes) -> _Roots:
     """Follow the roots from the first stored one (Uptane 5.4.4.3, steps 1 and 2; TUF 5.3)."""
-    what = f"{name} root"
     if not stored.roots:
-        raise MalformedError(f"{what}: none is provisioned")
-    binding.read_metadata(stored.roots[0], what, limit=MAX_ROOT_BYTES)
-    with _tuf_errors(what):
-        # Reads the machine's clock into `reference_time`, which is replaced before its first use.
-        trusted = TrustedMetadataSet(stored.roots[0], EnvelopeType.METADATA)
-    _check_unique_keys(what, trusted.root)
-    _follow(what, trusted, stored.roots[1:])
-    stored_epoch = _epoch(trusted.root)
+        raise MalformedError(f"{name} root: none is provisioned")
+    _read(f"{name} root", stored.roots[0], MAX_ROOT_BYTES, None)
+    first = repository.load_root(name, stored.roots[0])
+    _check_unique_keys(name, first)
+    stored_last = _follow(name, first, stored.roots[1:])
     new = tuple(content for content in update.roots if content not in stored.roots)
-    _follow(what, trusted, new)
+    last = _follow(name, stored_last, new)
     chain = (*stored.roots, *new)[-MAX_ROOTS:]
-    return _Roots(name, chain, trusted, stored_epoch, _epoch(trusted.root))
+    return _Roots(name, chain, last, repository.online_keys(stored_last), repository.online_keys(last))
 
 
-def _follow(what: str, trusted: TrustedMetadataSet, roots: tuple[bytes, ...]) -> None:
+def _follow(name: str, trusted: Root, roots: tuple[bytes, ...]) -> Root:
     for content in roots:
-        binding.read_metadata(content, what, limit=MAX_ROOT_BYTES)
-        with _tuf_errors(what, content, {"root": trusted.root.version}):
-            trusted.update_root(content)
-        _check_unique_keys(what, trusted.root)
+        _read(f"{name} root", content, MAX_ROOT_BYTES, None)
+        trusted = repository.next_root(name, trusted, content)
+        _check_unique_keys(name, trusted)
+    return trusted
 
 
-def _check_unique_keys(what: str, root: Root) -> None:
+def _check_unique_keys(name: str, root: Root) -> None:
     """Refuse one key under two ids: thresholds count unique keys (Uptane 5.4.4.3, step 2.3)."""
     found: set[str] = set()
     for keyid, key in root.keys.items():
         public = key.keyval.get("public")
         if not isinstance(public, str):
-            raise MalformedError(f"{what} version {root.version}: key {shown(keyid)} has no public half")
+            raise MalformedError(f"{name} root version {root.version}: key {shown(keyid)} has no public half")
         found.add("".join(public.lower().split()))
     if len(found) != len(root.keys):
-        raise MalformedError(f"{what} version {root.version}: one key stands under two key ids")
-
-
-def _verify_signature(roots: _Roots, timestamp: binding.Metadata) -> None:
-    with _tuf_errors(timestamp.what):
-        parsed = Metadata[Timestamp].from_bytes(timestamp.content)
-        roots.trusted.root.verify_delegate(Timestamp.type, parsed.signed_bytes, parsed.signatures)
+        raise MalformedError(f"{name} root version {root.version}: one key stands under two key ids")
 
 
 def _verify_repository(
@@ -332,52 +368,55 @@ def _verify_repository(
         reference_ms: time at which expiry is judged, Unix milliseconds.
         vin: vehicle that the metadata must name; None for the catalogue.
     """
-    name, trusted = roots.name, roots.trusted
+    name, root = roots.name, roots.last
     # Rotated timestamp or snapshot keys: what they signed is forgotten (Uptane 5.4.4.3, step 4).
     old = stored if roots.epoch == roots.stored_epoch else RepositoryBytes()
-    trusted.reference_time = _UNIX_EPOCH + timedelta(milliseconds=reference_ms)
+    reference = _UNIX_EPOCH + timedelta(milliseconds=reference_ms)
+    repository.check_root_expiry(name, root, reference)
 
-    timestamp = update.timestamp or stored.timestamp
-    _read(f"{name} timestamp", timestamp, MAX_TIMESTAMP_BYTES, vin)
-    trusted_versions: dict[str, int] = {}
-    if old.timestamp and old.timestamp != timestamp:  # TUF 5.4.3: what the new one is held against
-        with _tuf_errors(f"{name} timestamp"), suppress(exceptions.ExpiredMetadataError):
-            trusted.update_timestamp(old.timestamp)
-        trusted_versions = _named_versions(trusted.get(Timestamp.type))
-    with _tuf_errors(f"{name} timestamp", timestamp, trusted_versions):
-        trusted.update_timestamp(timestamp)
+    content = update.timestamp or stored.timestamp
+    received = _read(f"{name} timestamp", content, MAX_TIMESTAMP_BYTES, vin)
+    trusted_timestamp = (
+        repository.earlier(name, root, old.timestamp, Timestamp) if old.timestamp != content else None
+    )
+    timestamp = repository.next_timestamp(name, root, content, trusted=trusted_timestamp, reference=reference)
+    _refuse_reuse(received, old.timestamp)
 
-    snapshot = update.snapshot or stored.snapshot
-    received = _read(f"{name} snapshot", snapshot, MAX_SNAPSHOT_BYTES, vin)
-    trusted_versions = {"snapshot": trusted.timestamp.snapshot_meta.version}
-    if old.snapshot and old.snapshot != snapshot:  # TUF 5.5.5
-        with (
-            _tuf_errors(f"{name} snapshot"),
-            suppress(exceptions.ExpiredMetadataError, exceptions.BadVersionNumberError),
-        ):
-            trusted.update_snapshot(old.snapshot, trusted=True)
-        trusted_versions = _named_versions(trusted.get(Snapshot.type)) | trusted_versions
-    with _tuf_errors(f"{name} snapshot", snapshot, trusted_versions):
-        trusted.update_snapshot(snapshot)
+    content = update.snapshot or stored.snapshot
+    received = _read(f"{name} snapshot", content, MAX_SNAPSHOT_BYTES, vin)
+    trusted_snapshot = (
+        repository.earlier(name, root, old.snapshot, Snapshot) if old.snapshot != content else None
+    )
+    snapshot = repository.next_snapshot(
+        name, root, timestamp, content, trusted=trusted_snapshot, reference=reference
+    )
     _refuse_reuse(received, old.snapshot)
 
-    targets = update.targets or stored.targets
-    received = _read(f"{name} targets", targets, MAX_TARGETS_BYTES, vin)
-    with _tuf_errors(f"{name} targets", targets, _named_versions(trusted.snapshot)):
-        trusted.update_targets(targets)
+    content = update.targets or stored.targets
+    received = _read(f"{name} targets", content, MAX_TARGETS_BYTES, vin)
+    targets = repository.next_targets(name, root, snapshot, content, reference=reference)
     _refuse_reuse(received, old.targets)
-    if vin is not None and trusted.targets.delegations is not None:  # Uptane 5.4.4.6, step 6
+    if vin is not None and targets.delegations is not None:  # Uptane 5.4.4.6, step 6
         raise MalformedError(f"{name} targets: expected no delegations in a director's targets")
 
     return _Repository(
-        content=RepositoryBytes(roots.chain, timestamp, snapshot, targets),
-        versions=Versions(
-            root=trusted.root.version,
-            timestamp=trusted.timestamp.version,
-            snapshot=trusted.snapshot.version,
-            targets=trusted.targets.version,
+        content=RepositoryBytes(
+            roots.chain,
+            update.timestamp or stored.timestamp,
+            update.snapshot or stored.snapshot,
+            update.targets or stored.targets,
         ),
-        targets=trusted.targets.targets,
+        versions=Versions(
+            root=root.version,
+            timestamp=timestamp.version,
+            snapshot=snapshot.version,
+            targets=targets.version,
+        ),
+        expires_ms={
+            f"{name} {signed.type}": (signed.expires - _UNIX_EPOCH) // timedelta(milliseconds=1)
+            for signed in (root, timestamp, snapshot, targets)
+        },
+        targets=targets.targets,
     )
 
 
@@ -393,79 +432,20 @@ def _refuse_reuse(received: binding.Metadata, old: bytes) -> None:
     if old and old != received.content:
         trusted = binding.read_metadata(old, received.what, limit=MAX_TARGETS_BYTES)
         if trusted.version == received.version:
-            raise _reused(received.what, received.version)
-
-
-def _reused(what: str, version: int) -> ReplayError:
-    return ReplayError(f"{what} version {version} is trusted with other bytes already; keeping those")
-
-
-def _named_versions(signed: Signed | None) -> dict[str, int]:
-    """Return the versions that a file states, its own and those of the files that it lists."""
-    if signed is None:
-        return {}
-    versions = {signed.type: signed.version}
-    if isinstance(signed, Timestamp):
-        versions[Snapshot.type] = signed.snapshot_meta.version
-    elif isinstance(signed, Snapshot):
-        versions |= {file.removesuffix(".json"): meta.version for file, meta in signed.meta.items()}
-    return versions
-
-
-@contextmanager
-def _tuf_errors(
-    what: str, content: bytes = b"", trusted_versions: Mapping[str, int] | None = None
-) -> Iterator[None]:
-    """Turn what python-tuf raises into this agent's errors, with both sides in them.
-
-    Args:
-        what: repository and role.
-        content: the metadata file in hand.
-        trusted_versions: versions that it must not undercut, by role.
-    """
-    try:
-        yield
-    except exceptions.UnsignedMetadataError as error:
-        raise SignatureError(f"{what}: {error}; nothing of it is used") from error
-    except exceptions.ExpiredMetadataError as error:
-        raise ExpiredError(f"{what}: {error} at the trusted time; nothing of it is used") from error
-    except exceptions.BadVersionNumberError as error:
-        repository = what.split(" ", maxsplit=1)[0]
-        received = _named_versions(Metadata[Any].from_bytes(content).signed)
-        for role, version in received.items():
-            if version < (trusted_versions or {}).get(role, 0):
-                raise RollbackError(
-                    f"{repository} {role}", trusted=(trusted_versions or {})[role], received=version
-                ) from error
-        if isinstance(error, exceptions.EqualVersionNumberError):
-            raise _reused(what, next(iter(received.values()))) from error
-        raise DisagreementError(f"{what}: {error}: files of different sets; nothing is used") from error
-    except exceptions.RepositoryError as error:
-        cause = f": {shown(str(error.__cause__))}" if error.__cause__ else ""
-        raise MalformedError(f"{what}: {error or type(error).__name__}{cause}") from error
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise MalformedError(f"{what}: {type(error).__name__}: {shown(str(error))}") from error
+            raise ReplayError(
+                f"{received.what} version {received.version} is trusted with other bytes already;"
+                " keeping those"
+            )
 
 
 # --- floors and epochs -------------------------------------------------------
 
 
-def _epoch(root: Root) -> str:
-    """Name the keys that sign timestamps and snapshots under a root."""
-    keys = sorted(
-        f"{name}:{root.keys[keyid].keyval['public']}"
-        for name in (Timestamp.type, Snapshot.type)
-        for keyid in root.roles[name].keyids
-        if keyid in root.keys
-    )
-    return hashlib.sha256("\n".join(keys).encode()).hexdigest()
-
-
 def _epochs(verdict: Verdict) -> tuple[str, str]:
     """Return the epochs of director and catalogue."""
     director, catalogue = (
-        _epoch(Metadata[Root].from_bytes(repository.roots[-1]).signed)
-        for repository in (verdict.state.director, verdict.state.catalogue)
+        repository.online_keys(Metadata[Root].from_bytes(part.roots[-1]).signed)
+        for part in (verdict.state.director, verdict.state.catalogue)
     )
     return director, catalogue
 
@@ -563,8 +543,7 @@ def _contents(
         if content is None:
             raise MalformedError(f"{name} target {shown(path)}: listed, but neither received nor stored")
         _sha256(path, info)
-        with _tuf_errors(f"{name} target {shown(path)}"):
-            info.verify_length_and_hashes(content)
+        repository.check_target(f"{name} target {shown(path)}", info, content)
         contents[path] = content
     return contents
 
@@ -574,7 +553,7 @@ def _features(
 ) -> dict[str, FeatureSpec]:
     features: dict[str, FeatureSpec] = {}
     for path, content in contents.items():
-        spec = parse_feature(content)
+        spec = parse_known_feature(content)
         if spec.target_path != path:
             raise DisagreementError(f"{path}: the file itself says {spec.target_path}")
         # The release counter does not go back (Uptane 5.4.4.2).
@@ -595,12 +574,13 @@ def _tokens(
 ) -> dict[str, Token]:
     tokens: dict[str, Token] = {}
     for path, content in contents.items():
-        if path == ENTITLEMENTS_PATH:
+        if path in {ENTITLEMENTS_PATH, TLS_PATH} or _TOKEN_KEY_PATH.fullmatch(path):
             continue
         match = _TOKEN_PATH.fullmatch(path)
         if match is None:
             raise MalformedError(
-                f"director target {shown(path)}: expected entitlements, a feature or a token"
+                f"director target {shown(path)}: expected entitlements, a feature, a token,"
+                " a token key or TLS anchors"
             )
         ecu_identifier, feature_id = match[1], match[2]
         spec = features.get(feature_id)
@@ -627,10 +607,23 @@ def _tokens(
     return tokens
 
 
+def _token_key(contents: Mapping[str, bytes]) -> TokenKeyAnnouncement | None:
+    matches = [match for path in contents if (match := _TOKEN_KEY_PATH.fullmatch(path))]
+    if len(matches) > 1:
+        raise DisagreementError(f"director targets: expected one token key at most, found {len(matches)}")
+    for match in matches:
+        content, epoch = contents[match[0]], int(match[1])
+        found = parse_announcement(content)
+        if found != epoch:
+            raise DisagreementError(f"{match[0]}: the path says epoch {epoch}, the file itself {found}")
+        return TokenKeyAnnouncement(epoch, content, hashlib.sha256(content).hexdigest())
+    return None
+
+
 def _with_entitlements(rights: Rights, contents: Mapping[str, bytes], vin: str) -> Rights:
     if ENTITLEMENTS_PATH not in contents:
         raise MalformedError(f"director targets: {ENTITLEMENTS_PATH} is not listed")
-    version, entitlements = entitlements_from_bytes(contents[ENTITLEMENTS_PATH], vin)
+    version, owner_epoch, entitlements = entitlements_from_bytes(contents[ENTITLEMENTS_PATH], vin)
     if version != rights.version:
         raise DisagreementError(
             f"{ENTITLEMENTS_PATH} is of version {version}, the director's targets of {rights.version}"
@@ -646,7 +639,7 @@ def _with_entitlements(rights: Rights, contents: Mapping[str, bytes], vin: str) 
         if spec is not None:
             _check_enforceable(right, spec)
     by_feature = {right.feature_id: right for right in entitlements}
-    return Rights(rights.version, by_feature, rights.features, rights.tokens)
+    return replace(rights, entitlements=by_feature, owner_epoch=owner_epoch)
 
 
 def _check_enforceable(right: Entitlement, spec: FeatureSpec) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import CodeType
 
@@ -33,10 +35,11 @@ from agent.features.guard import (
     MAX_REQUEST_BYTES,
     Guard,
     activation_request,
+    announcement_request,
     read_back_request,
     session_request,
 )
-from agent.model import Frame
+from agent.model import Frame, Rights, TokenKeyAnnouncement
 
 REQUEST = activation_request(feature(), token())
 FLOW_CONTROL = bytes.fromhex("30 08 00")
@@ -361,8 +364,6 @@ def test_wide_identifier_needs_the_extended_flag() -> None:
 
 
 def test_feature_without_actuator_or_read_back_asks_nothing() -> None:
-    from dataclasses import replace
-
     from agent.model import ActuatorKind
 
     screen = replace(feature("screen"), kind=ActuatorKind.NONE, ecu=None)
@@ -376,6 +377,71 @@ def test_feature_without_actuator_or_read_back_asks_nothing() -> None:
     refused(guard, lambda: guard.approve(SEAT, RELEASE), "live right")
     assert guard.is_request_id("body", SEAT.request_id)
     assert not guard.is_request_id("power", SEAT.request_id)
+
+
+# --- the token key --------------------------------------------------------------
+
+
+def announcement(epoch: int) -> TokenKeyAnnouncement:
+    content = hashlib.sha512(f"epoch {epoch}".encode()).digest() * 2
+    return TokenKeyAnnouncement(epoch, content, hashlib.sha256(content).hexdigest())
+
+
+KEY_REQUEST = announcement_request(announcement(2))
+
+
+def keyed(rights_: Rights) -> Rights:
+    return replace(rights_, token_key=announcement(2))
+
+
+def test_the_listed_token_key_passes_to_the_ecu_of_a_token_and_to_no_other() -> None:
+    lamp, guard = feature("lamp", LAMP), Guard(listen_only=False)
+    guard.allow(keyed(rights(feature(), lamp, tokens=(token(),))), ())
+    assert announcement_request(announcement(2))[:4] == bytes.fromhex("31010F0C")
+    refused(guard, lambda: guard.approve(LAMP, KEY_REQUEST), "listed token key")
+    refused(guard, lambda: guard.approve(WIDE, KEY_REQUEST), "no live catalogue entry")
+    guard.approve(SEAT, KEY_REQUEST)
+    send_all(guard, pieces(KEY_REQUEST))
+
+
+def test_a_token_key_that_is_not_listed_or_is_another_is_refused() -> None:
+    unlisted = open_guard()
+    refused(unlisted, lambda: unlisted.approve(SEAT, KEY_REQUEST), "listed token key")
+    refused(unlisted, lambda: unlisted.approve(SEAT, KEY_REQUEST[:4]), "listed token key")
+    guard = Guard(listen_only=False)
+    guard.allow(keyed(rights(feature(), tokens=(token(),))), ("seat-heating",))
+    for other in (
+        announcement_request(announcement(3)),
+        KEY_REQUEST[:4],
+        KEY_REQUEST[:-1],
+        KEY_REQUEST + b"\x00",
+        KEY_REQUEST[4:],
+        KEY_REQUEST[:4] + token().content,
+        ACTIVATE + announcement(2).content,
+    ):
+        refused(guard, lambda r=other: guard.approve(SEAT, r), "listed token key")  # type: ignore[misc]
+
+
+def test_every_single_bit_of_the_token_key_is_judged() -> None:
+    guard = Guard(listen_only=False)
+    guard.allow(keyed(rights(feature(), tokens=(token(),))), ("seat-heating",))
+    before = state(guard)
+    for bit in range(8 * len(KEY_REQUEST)):
+        changed = bytearray(KEY_REQUEST)
+        changed[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(GuardRefusal):
+            guard.approve(SEAT, bytes(changed))
+    assert state(guard) == before
+
+
+def test_a_token_key_that_is_no_longer_listed_stops_in_the_middle() -> None:
+    guard = Guard(listen_only=False)
+    guard.allow(keyed(rights(feature(), tokens=(token(),))), ())
+    guard.approve(SEAT, KEY_REQUEST)
+    frames = pieces(KEY_REQUEST)
+    send_all(guard, frames[:3])
+    guard.allow(rights(feature(), tokens=(token(),)), ())
+    refused(guard, lambda: guard.check_frame(frames[3], S_NS), "no approved request")
 
 
 # --- the gate's own coverage ---------------------------------------------------
@@ -441,6 +507,7 @@ def pytester_lines() -> set[int]:
         test_right_that_stays_keeps_its_open_request_and_a_sent_one_may_be_answered,
         test_rate_over_all_ecus_is_limited_and_its_window_moves_with_time,
         test_feature_without_actuator_or_read_back_asks_nothing,
+        test_the_listed_token_key_passes_to_the_ecu_of_a_token_and_to_no_other,
     ]
     before = sys.gettrace()
     sys.settrace(trace)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from securesystemslib.signer import CryptoSigner
 from support.trust_repo import (
     DAY_MS,
@@ -20,6 +21,7 @@ from support.trust_repo import (
     Cloud,
     Vehicle,
     feature_file,
+    make_announcement,
     make_token,
     nonce,
     resigned,
@@ -35,14 +37,18 @@ from agent.errors import (
     ReplayError,
     RollbackError,
     SignatureError,
+    TrustError,
     VehicleMismatchError,
 )
 from agent.model import RepositoryBytes, TrustBytes
-from agent.trust.verifier import Floors
+from agent.trust.verifier import Floors, starts_new_epoch
 from openfod.entitlement.v1 import entitlement_pb2
 
 SEAT_FILE = "features/seat-heating/1.toml"
 TOKEN_FILE = "tokens/seat-module/seat-heating.cose"
+
+TLS = b'{"servers":[{"certificate":"%s","not_before_ms":%d,"not_after_ms":%d}]}'
+ANNOUNCED = make_announcement(Ed25519PrivateKey.generate(), 1)
 
 
 @pytest.fixture
@@ -667,3 +673,224 @@ def test_signed_numbers_beyond_every_calendar_are_refused(cloud: Cloud) -> None:
     vehicle = supplied(cloud)
     for time_ms in (-1, 0, 10**18):
         vehicle.refuses(cloud.answer(vehicle.nonce, time_ms=time_ms), MalformedError, "time_ms")
+
+
+# --- rights as a file, and owners --------------------------------------------
+
+
+def test_an_offline_timestamp_over_the_stream_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    vehicle.refuses(cloud.answer(vehicle.nonce, offline=True), ReplayError, "signed as offline")
+    vehicle.refuses(cloud.answer(None, offline=True), ReplayError, "nonce")
+
+
+def test_a_captured_answer_to_a_nonce_as_a_file_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    vehicle.refuses(cloud.answer(vehicle.nonce), ReplayError, "not made as a file", as_file=True)
+    both = cloud.answer(vehicle.nonce, offline=True)
+    vehicle.refuses(both, ReplayError, "not made as a file", as_file=True)
+
+
+def test_the_file_of_another_vehicle_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    other = Cloud(OTHER_VIN)
+    other.grant()
+    vehicle.refuses(other.answer(None, offline=True), VehicleMismatchError, as_file=True)
+
+
+def test_an_older_file_after_a_newer_one_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    older, newer = cloud.answer(None, offline=True), cloud.answer(None, offline=True)
+    vehicle.take_bundle(newer)
+    vehicle.refuses(older, RollbackError, "timestamp", as_file=True)
+
+
+def test_a_file_of_a_trusted_version_with_other_bytes_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    vehicle.take_bundle(cloud.answer(None, offline=True))
+    cloud.director.timestamp_version -= 1
+    again = cloud.answer(None, offline=True, time_ms=NOW_MS + 1)
+    vehicle.refuses(again, ReplayError, "with other bytes", as_file=True)
+
+
+def test_an_expired_file_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    bundle = cloud.answer(None, offline=True)
+    vehicle.now_ms = NOW_MS + DAY_MS
+    vehicle.refuses(bundle, ExpiredError, "timestamp", as_file=True)
+
+
+def test_an_owner_epoch_that_goes_back_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    cloud.owner_epoch = 3
+    cloud.publish()
+    vehicle.take(cloud.answer(vehicle.nonce))
+    cloud.owner_epoch = 2
+    cloud.publish()
+    vehicle.refuses(cloud.answer(vehicle.nonce), RollbackError, "owner epoch")
+
+
+@pytest.mark.parametrize(
+    ("notices", "error", "match"),
+    [
+        ({"tls.json": b"{}"}, MalformedError, "servers"),
+        ({"tls.json": b'{"servers":[]}'}, MalformedError, "servers"),
+        ({"tls.json": b'{"servers":[{}]}'}, MalformedError, "keys"),
+        ({"tls.json": b'{"servers":[{},{},{},{},{},{},{},{},{}]}'}, LimitError, "servers"),
+        ({"tls.json": b" " * 16_385}, LimitError, "bytes"),
+        ({"tls.json": TLS % (b"AAAA", 2, 2)}, MalformedError, "not_before_ms"),
+        ({"tls.json": TLS % (b"!", 1, 2)}, MalformedError, "base64"),
+        ({"token-keys/1.cose": b"\xff"}, MalformedError, "token"),
+        ({"token-keys/2.cose": ANNOUNCED}, DisagreementError, "epoch 2, the file itself 1"),
+        ({"token-keys/1.cose": ANNOUNCED, "token-keys/2.cose": ANNOUNCED}, DisagreementError, "found 2"),
+        ({"token-keys/0.cose": ANNOUNCED}, MalformedError, "token key"),
+    ],
+)
+def test_token_keys_and_tls_anchors_out_of_their_form_are_refused(
+    cloud: Cloud, notices: dict[str, bytes], error: type[TrustError], match: str
+) -> None:
+    vehicle = supplied(cloud)
+    cloud.notices = notices
+    cloud.publish()
+    vehicle.refuses(cloud.answer(vehicle.nonce), error, match)
+
+
+# --- fast-forward and rotation -------------------------------------------------
+
+
+def run_ahead(cloud: Cloud, repository: str) -> None:
+    """Let stolen online keys sign versions far ahead."""
+    source = getattr(cloud, repository)
+    source.timestamp_version = 2**40
+    source.publish(2**40)
+    if repository == "director":
+        cloud.publish(2**40)
+    cloud.catalogue_timestamp = cloud.catalogue.stamp()
+
+
+@pytest.mark.parametrize("repository", ["director", "catalogue"])
+def test_versions_run_ahead_are_undone_by_rotated_timestamp_and_snapshot_keys(
+    cloud: Cloud, repository: str
+) -> None:
+    vehicle = supplied(cloud)
+    run_ahead(cloud, repository)
+    vehicle.take(cloud.answer(vehicle.nonce))
+    source = getattr(cloud, repository)
+    source.timestamp_version = 5
+    source.version = 5
+    cloud.publish() if repository == "director" else cloud.publish_catalogue()
+    vehicle.refuses(cloud.answer(vehicle.nonce), RollbackError, repository)
+    source.rotate("timestamp")
+    source.rotate("snapshot")
+    cloud.publish() if repository == "director" else cloud.publish_catalogue()
+    verdict = vehicle.take(cloud.answer(vehicle.nonce))
+    assert SEAT in verdict.rights.entitlements
+    assert getattr(vehicle.floors, repository).targets == 7
+    assert vehicle.boot().rights == verdict.rights
+
+
+def test_a_year_2099_by_stolen_online_keys_is_undone_by_a_threshold_root(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    year_2099_ms = 4_070_908_800_000
+    cloud.at(year_2099_ms)
+    cloud.director.edits["root"] = lambda root: setattr(
+        root, "expires", root.expires + timedelta(days=36_500)
+    )
+    cloud.catalogue.edits["root"] = cloud.director.edits["root"]
+    cloud.director.add_root()  # long-lived roots: else the year itself would be refused
+    cloud.catalogue.add_root()
+    cloud.publish()
+    cloud.publish_catalogue()
+    vehicle.take(cloud.answer(vehicle.nonce))
+    vehicle.now_ms, ahead = year_2099_ms, vehicle.floors
+    cloud.at(NOW_MS + DAY_MS)
+    cloud.publish()
+    cloud.publish_catalogue()
+    vehicle.refuses(cloud.answer(vehicle.nonce), ExpiredError)
+    cloud.director.rotate("timestamp")
+    verdict = vehicle.take(cloud.answer(vehicle.nonce))
+    assert starts_new_epoch(verdict, ahead)
+    assert vehicle.floors.time_ms == NOW_MS + DAY_MS
+
+
+@pytest.mark.parametrize("signers", [0, 1])
+def test_rotated_online_keys_below_the_root_threshold_undo_nothing(cloud: Cloud, signers: int) -> None:
+    vehicle = supplied(cloud)
+    cloud.director.signers["root"] = [
+        *cloud.director.keys["root"][:signers],
+        *[CryptoSigner.generate_ed25519() for _ in range(2)],
+    ]
+    cloud.director.rotate("timestamp")
+    vehicle.refuses(cloud.answer(vehicle.nonce), SignatureError, f"{signers}/2")
+
+
+def test_an_old_vehicle_follows_ten_roots_at_once_and_refuses_a_gap_in_them(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    for role in ("root", "timestamp", "snapshot", "targets", "root") * 2:
+        cloud.director.rotate(role)
+        cloud.catalogue.rotate(role)
+    cloud.publish()
+    cloud.publish_catalogue()
+    update = cloud.answer(vehicle.nonce)
+    gap = (*update.catalogue.roots[:4], *update.catalogue.roots[5:])
+    vehicle.refuses(with_part(update, "catalogue", roots=gap), SignatureError, "catalogue root")
+    verdict = vehicle.take(update)
+    assert (verdict.director.root, verdict.catalogue.root) == (11, 11)
+    assert SEAT in vehicle.boot().rights.entitlements
+
+
+def test_a_file_with_rotated_keys_undoes_stolen_ones_without_network(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    run_ahead(cloud, "director")
+    vehicle.take(cloud.answer(vehicle.nonce))
+    before = vehicle.floors
+    cloud.director.timestamp_version = 5
+    cloud.publish(5)
+    vehicle.refuses(cloud.answer(None, offline=True), RollbackError, "director timestamp", as_file=True)
+    cloud.director.rotate("timestamp")
+    cloud.director.rotate("snapshot")
+    cloud.publish(6)
+    verdict = vehicle.take_bundle(cloud.answer(None, offline=True))
+    assert starts_new_epoch(verdict, before)
+    assert vehicle.floors.director.targets == 6
+    assert SEAT in vehicle.boot().rights.entitlements
+
+
+# --- catalogue and director disagree -------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("edit", "director_says", "catalogue_says"),
+    [
+        ({"hardware_ids": ["openfod-seat-9"]}, "hardware_id 'openfod-seat-1'", "openfod-seat-9"),
+        ({"release_counter": 3}, "release_counter 1", "the catalogue 3"),
+    ],
+)
+def test_what_disagrees_is_named_with_both_sides(
+    cloud: Cloud, edit: dict[str, object], director_says: str, catalogue_says: str
+) -> None:
+    vehicle = supplied(cloud)
+    cloud.catalogue.edits["targets"] = edit_custom(SEAT_FILE, **edit)
+    cloud.publish_catalogue()
+    message = vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError)
+    assert f"the director says {director_says}" in message
+    assert catalogue_says in message
+
+
+def test_a_feature_struck_from_the_catalogue_activates_nothing_new_and_names_both(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    del cloud.catalogue.targets[SEAT_FILE]
+    cloud.publish_catalogue()
+    message = vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError)
+    assert "the director lists it, the catalogue does not" in message
+    assert SEAT in vehicle.boot().rights.entitlements
+
+
+def test_a_withdrawn_feature_goes_on_for_who_has_the_right(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    before = vehicle.boot().rights
+    withdrawn = feature_file(SEAT, 2).replace(b"withdrawn = false", b"withdrawn = true")
+    assert withdrawn != feature_file(SEAT, 2)
+    cloud.describe(SEAT, 2, content=withdrawn)
+    cloud.publish_catalogue()
+    assert vehicle.take(cloud.answer(vehicle.nonce)).rights == before

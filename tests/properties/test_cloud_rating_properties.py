@@ -43,7 +43,7 @@ def _right(price: int, per: int) -> Right:
         use_prices=[entitlement_pb2.UsePrice(meter_id="m", price_minor=price, per_units=per)],
     )
     right = entitlement_pb2.Entitlement(entitlement_id="e", display_terms=terms)
-    return Right(right, "Feature", 0, 0)
+    return Right(right, "Feature", 0, 0, 0)
 
 
 @given(st.lists(st.tuples(st.integers(0, 10**9), st.integers(0, 10**9)), min_size=1), prices, pers)

@@ -178,14 +178,18 @@ class Listener:
 
 @contextmanager
 def linked(
-    port: int, *, ca: bytes | None = None, name: str = "", dice: Dice | None = None
+    port: int,
+    *,
+    roots: Callable[[], tuple[bytes, ...]] = lambda: (authority().pem,),
+    name: str = "",
+    dice: Dice | None = None,
 ) -> Iterator[tuple[Link, Listener]]:
     """A link to that port, stopped at the end."""
     listener = Listener()
     dice = dice or Dice()
     link = Link(
         f"127.0.0.1:{port}",
-        authority().pem if ca is None else ca,
+        roots,
         name,
         device(),
         dice,

@@ -40,6 +40,7 @@ from agent.model import (
 )
 from agent.trust.catalogue import parse_feature
 from agent.trust.clock import TrustedClock
+from agent.trust.grant_log import LogEntry, verify_chain
 from openfod.usage.v1 import usage_pb2
 
 MS = 1_000_000
@@ -107,6 +108,7 @@ class Disk:
     windows: tuple[OpenWindow, ...] = ()
     used: dict[tuple[str, str], int] = field(default_factory=dict)
     acked_seq: int = 0
+    log: list[bytes] = field(default_factory=list)
 
     @property
     def head(self) -> Head:
@@ -275,6 +277,7 @@ class World:
                 same_boot=same_boot,
                 used=disk.used,
                 last_contact_ms=disk.contact_ms,
+                log_head=verify_chain(disk.log),
             )
         )
         if self.online:
@@ -361,8 +364,10 @@ class World:
 
     def _persist(self, command: ev.StoreTrust | ev.StoreUsage | ev.MarkSent) -> None:
         match command:
-            case ev.StoreTrust(_, verdict, mark_ms, _):
-                self.disk.verdict, self.disk.contact_ms = verdict, mark_ms
+            case ev.StoreTrust(_, verdict, mark_ms):
+                self.disk.verdict = verdict
+                if command.live:
+                    self.disk.contact_ms = mark_ms
                 self.disk.mark_ms = max(self.disk.mark_ms, mark_ms)
             case ev.StoreUsage(_, records, windows, used, mark_ms):
                 for record in records:
@@ -373,7 +378,15 @@ class World:
                 self.disk.mark_ms = max(self.disk.mark_ms, mark_ms)
             case _:
                 pass
+        if not isinstance(command, ev.MarkSent):
+            self._append_log(command.entries)
         self.tell(ev.Persisted(command.number))
+
+    def _append_log(self, entries: tuple[LogEntry, ...]) -> None:
+        self.disk.log += [entry.content for entry in entries]
+        head = verify_chain(self.disk.log)
+        if entries and head != entries[-1].head:
+            self.violations.append(f"the log ends at {head}, expected {entries[-1].head}")
 
     # --- network ---------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from tuf.api.metadata import Key, Metadata, MetaFile, Role, Root, Snapshot, Targ
 
 from agent.errors import TrustError
 from agent.model import RepositoryBytes, TrustBytes, Verdict
-from agent.trust.verifier import Floors, floors_after, verify_stored, verify_update
+from agent.trust.verifier import Floors, floors_after, verify_bundle, verify_stored, verify_update
 from openfod.entitlement.v1 import entitlement_pb2
 
 VIN = "WFDSEAT10N0000001"
@@ -72,6 +72,16 @@ def make_token(
     protected = cbor2.dumps({1: -8, 4: kid}, canonical=True)
     payload = cbor2.dumps(claims, canonical=True)
     external = cbor2.dumps(["openfod-token-v1", vin, uid])
+    signature = key.sign(cbor2.dumps(["Signature1", protected, external, payload]))
+    return cbor2.dumps(cbor2.CBORTag(18, [protected, {}, payload, signature]))
+
+
+def make_announcement(key: Ed25519PrivateKey, epoch: int, announced: bytes = bytes(32)) -> bytes:
+    """Announce a token key under the token root, as docs/token.md says."""
+    kid = hashlib.sha256(key.public_key().public_bytes_raw()).digest()[:8]
+    protected = cbor2.dumps({1: -8, 4: kid}, canonical=True)
+    payload = cbor2.dumps({1: epoch, 2: announced}, canonical=True)
+    external = cbor2.dumps(["openfod-token-key-v1"])
     signature = key.sign(cbor2.dumps(["Signature1", protected, external, payload]))
     return cbor2.dumps(cbor2.CBORTag(18, [protected, {}, payload, signature]))
 
@@ -206,6 +216,8 @@ class Cloud:
         self.catalogue_files: dict[str, bytes] = {}
         self.files: dict[str, bytes] = {}
         self.tamper: dict[str, bytes] = {}
+        self.owner_epoch = 0
+        self.notices: dict[str, bytes] = {}  # token keys and TLS anchors, by path
         for feature_id in (SEAT, LOGBOOK):
             self.describe(feature_id, 1)
         self.publish_catalogue()
@@ -249,7 +261,10 @@ class Cloud:
         """Sign the director's next set."""
         version = self.director.version + 1 if version is None else version
         rights = entitlement_pb2.VehicleEntitlements(
-            vin=self.vin, version=said_version or version, entitlements=self.rights.values()
+            vin=self.vin,
+            version=said_version or version,
+            entitlements=self.rights.values(),
+            owner_epoch=self.owner_epoch,
         )
         self.files = {"entitlements.pb": rights.SerializeToString(deterministic=True)}
         listed = {"entitlements.pb": _target("entitlements.pb", self.files["entitlements.pb"], None)}
@@ -257,6 +272,9 @@ class Cloud:
             path = f"features/{feature_id}/{release}.toml"
             ecu = SEAT_ECU if feature_id != LOGBOOK else HEAD_UNIT
             listed[path] = _target(path, self.catalogue_files[path], _custom(ecu, release))
+        for path, content in self.notices.items():
+            self.files[path] = content
+            listed[path] = _target(path, content, None)
         for feature_id, token in self.tokens.items():
             path = f"tokens/{SEAT_ECU[0]}/{feature_id}.cose"
             self.files[path] = token
@@ -265,12 +283,19 @@ class Cloud:
         self.director.publish(version)
 
     def answer(
-        self, for_nonce: bytes | None, *, only_time: bool = False, time_ms: int | None = None
+        self,
+        for_nonce: bytes | None,
+        *,
+        only_time: bool = False,
+        time_ms: int | None = None,
+        offline: bool = False,
     ) -> TrustBytes:
         """Answer a vehicle's nonce, with everything or with a fresh time alone."""
         extra: dict[str, object] = {"time_ms": self.director.now_ms if time_ms is None else time_ms}
         if for_nonce is not None:
             extra["nonce"] = for_nonce.hex()
+        if offline:
+            extra["offline"] = True
         timestamp = self.director.stamp(**extra)
         if only_time:
             return TrustBytes(director=RepositoryBytes(timestamp=timestamp))
@@ -319,17 +344,28 @@ class Vehicle:
         verdict = verify_update(
             self.stored, update, vin=self.vin, nonce=self.nonce, now_ms=self.now_ms, floors=self.floors
         )
+        self.nonces += 1
+        return self._store(verdict)
+
+    def take_bundle(self, bundle: TrustBytes) -> Verdict:
+        """Verify rights that came as a file, and store them; the nonce goes on waiting."""
+        return self._store(
+            verify_bundle(self.stored, bundle, vin=self.vin, now_ms=self.now_ms, floors=self.floors)
+        )
+
+    def _store(self, verdict: Verdict) -> Verdict:
         self.floors = floors_after(verdict, self.floors)
         self.refreshed_ms = max(self.now_ms, self.floors.time_ms)
         self.stored = verdict.state
-        self.nonces += 1
         return verdict
 
     def boot(self) -> Verdict:
         """Verify what is stored, as at boot."""
         return verify_stored(self.stored, vin=self.vin, as_of_ms=self.refreshed_ms, floors=self.floors)
 
-    def refuses(self, update: TrustBytes, error: type[TrustError], match: str | None = None) -> str:
+    def refuses(
+        self, update: TrustBytes, error: type[TrustError], match: str | None = None, *, as_file: bool = False
+    ) -> str:
         """Assert that an update is refused and that what was trusted is trusted on, unchanged."""
         before = self.boot()
         state, floors = self.stored, self.floors
@@ -339,7 +375,7 @@ class Vehicle:
             catalogue_targets=dict(state.catalogue_targets),
         )
         with pytest.raises(error, match=match) as caught:
-            self.take(update)
+            (self.take_bundle if as_file else self.take)(update)
         assert type(caught.value) is error
         assert self.stored is state
         assert state == copied

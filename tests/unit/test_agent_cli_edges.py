@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import logging
 import socket
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from support.edge_cloud import authority, issue
-from support.edge_store import open_store, usage
+from support.edge_store import open_store, trust, usage
 
 from agent.__main__ import main
 from agent.adapters import identity
 from agent.adapters.local_api import LocalApi
-from agent.app import STORE_FILE
+from agent.boot import STORE_FILE
+from agent.model import TrustedTime
+from agent.trust.grant_log import GENESIS, LogEntry, LogHead, entry, export
 
 VIN = "WFDSEAT10N0000001"
 
@@ -64,7 +69,7 @@ def files(config: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("command", ["", "enroll", "run", "status", "check"])
+@pytest.mark.parametrize("command", ["", "enroll", "run", "status", "import", "check"])
 def test_help_is_there_for_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([*command.split(), "--help"])
@@ -73,7 +78,9 @@ def test_help_is_there_for_every_command(command: str, capsys: pytest.CaptureFix
     assert "Exit codes" in out or "Example: fod-agent" in out
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["enroll"], ["status", "--colour"], ["run", "--json"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["fly"], ["enroll"], ["status", "--colour"], ["run", "--json"], ["import"]]
+)
 def test_wrong_use_ends_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(arguments)
@@ -151,7 +158,9 @@ def test_status_of_an_empty_store_is_an_error_and_makes_no_journal(
 def test_status_asks_the_agent_that_runs(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = enrol(config)
     api = LocalApi(
-        directory / "agent.sock", lambda: {"vin": VIN, "source": "s", "link": "up", "last_contact_ms": 0}
+        directory / "agent.sock",
+        lambda: {"vin": VIN, "source": "s", "link": "up", "last_contact_ms": 0},
+        lambda _: {},
     )
     try:
         assert main(["status", "--config", str(config)]) == 0
@@ -211,3 +220,78 @@ def test_damaged_identity_is_named_with_the_next_step(
     for command in (["run"], ["status"], ["enroll", "--claim", "x"]):
         assert main([*command, "--config", str(config)]) == 1
         assert "enrol again with a new claim" in capsys.readouterr().err
+
+
+# --- the owner's log -----------------------------------------------------------------------
+
+
+def log_entries() -> list[LogEntry]:
+    made: list[LogEntry] = []
+    for number in range(5):
+        head = made[-1].head if made else LogHead()
+        now = TrustedTime(1_800_000_000_000 + number, 40, "signed")
+        made.append(entry(head, "evidence", now, {"feature": "f", "finding": f"finding {number}"}))
+    return made
+
+
+ENTRIES = log_entries()
+LINES = [e.content for e in ENTRIES]
+WHOLE, HEAD = export(LINES), ENTRIES[-1].head
+
+
+@pytest.fixture
+def logged(config: Path) -> Path:
+    """The configuration of a vehicle with a log."""
+    store = open_store(config.parent / "state" / STORE_FILE)
+    store.store_trust(replace(trust(1), entries=tuple(ENTRIES)), store.load().floors)
+    store.close()
+    return config
+
+
+def log_command(config: Path, *arguments: str) -> int:
+    return main(["log", "--config", str(config), *arguments])
+
+
+def test_the_log_is_shown_exported_and_verified(logged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = logged.parent / "log.jsonl"
+    assert log_command(logged) == 0
+    assert "finding 4" in (shown := capsys.readouterr().out)
+    assert f"5 entries, head {HEAD.hash.hex()}" in shown
+    assert log_command(logged, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (len(found["entries"]), found["head"]) == (5, HEAD.hash.hex())
+    assert log_command(logged, "--export", str(file)) == 0
+    assert file.read_bytes() == WHOLE
+    assert log_command(logged, "--verify", str(file), "--head", HEAD.hash.hex()) == 0
+    assert "is whole: 5 entries" in capsys.readouterr().out
+    assert log_command(logged, "--verify", str(file), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["entries"] == 5
+    assert main(["status", "--config", str(logged), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["log"] == {"entries": 5, "head": HEAD.hash.hex()}
+
+
+def test_an_edited_export_and_a_wrong_head_fail_and_say_why(
+    logged: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = logged.parent / "log.jsonl"
+    file.write_bytes(WHOLE.replace(b"finding 2", b"finding 9"))
+    assert log_command(logged, "--verify", str(file)) == 1
+    assert "entry 4: expected number 4 after" in capsys.readouterr().err
+    file.write_bytes(export(LINES[:4]))
+    assert log_command(logged, "--verify", str(file), "--head", HEAD.hash.hex()) == 1
+    assert "expected head" in capsys.readouterr().err
+    assert log_command(logged, "--export", str(file)) == 1
+    assert file.read_bytes() == export(LINES[:4])
+    assert log_command(logged, "--head", HEAD.hash.hex()) == 2
+
+
+def test_an_entry_edited_in_the_database_is_found(logged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with closing(sqlite3.connect(logged.parent / "state" / STORE_FILE)) as db, db:
+        db.execute("DELETE FROM grant_log WHERE seq = 2")
+    assert log_command(logged) == 1
+    assert "entry 2: expected number 2 after" in capsys.readouterr().err
+
+
+def test_a_vehicle_without_a_store_has_an_empty_log(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert log_command(config, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"entries": [], "head": GENESIS.hex()}

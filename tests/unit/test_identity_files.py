@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from support.edge_cloud import authority, issue
 
 from agent.adapters import identity
+from agent.adapters.files import write_durably
 from agent.errors import TrustError
 
 
@@ -67,7 +68,7 @@ def test_certificate_of_another_key_is_refused_and_nothing_is_kept(tmp_path: Pat
 )
 def test_damaged_identity_file_is_named_with_the_next_step(tmp_path: Path, content: bytes) -> None:
     (enrolled(tmp_path) / identity.IDENTITY_FILE).write_bytes(content)
-    with pytest.raises(TrustError, match=r"identity\.json is damaged .*remove .*device\.crt and enrol again"):
+    with pytest.raises(TrustError, match=r"identity\.json is damaged .*enrol again .*enroll --again"):
         identity.load(tmp_path)
 
 
@@ -114,11 +115,11 @@ def test_write_does_not_follow_what_lies_in_its_way(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("mine")
     (tmp_path / "file.new").symlink_to(victim)
-    identity.write_durably(tmp_path / "file", b"secret")
+    write_durably(tmp_path / "file", b"secret")
     assert victim.read_text() == "mine"
     (tmp_path / "file.new").write_text("left over")
     (tmp_path / "file.new").chmod(0o644)
-    identity.write_durably(tmp_path / "file", b"secret 2")
+    write_durably(tmp_path / "file", b"secret 2")
     assert (tmp_path / "file").read_bytes() == b"secret 2"
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o600
 
@@ -128,7 +129,7 @@ def test_failure_of_a_write_leaves_the_old(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     path = tmp_path / "file"
-    identity.write_durably(path, b"old")
+    write_durably(path, b"old")
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -139,9 +140,9 @@ def test_failure_of_a_write_leaves_the_old(
         else:
             patch.setattr(Path, "rename", fail)
         with pytest.raises(OSError, match="No space"):
-            identity.write_durably(path, b"new")
+            write_durably(path, b"new")
     assert path.read_bytes() == b"old"
-    identity.write_durably(path, b"new")
+    write_durably(path, b"new")
     assert path.read_bytes() == b"new"
 
 

@@ -90,7 +90,7 @@ def test_server_without_tls_is_refused_and_there_is_no_fallback() -> None:
 
 
 def test_ca_that_is_no_certificate_is_refused() -> None:
-    with serve(wait_for_end) as port, linked(port, ca=b"no certificate") as (_, listener):
+    with serve(wait_for_end) as port, linked(port, roots=lambda: (b"no certificate",)) as (_, listener):
         assert listener.down().reason
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import socket
 import stat
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -13,8 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from agent.adapters.local_api import MAX_CLIENTS, MAX_SOCKET_PATH, LocalApi, ask
-from agent.errors import TransportError
+from agent.adapters.local_api import MAX_BODY_BYTES, MAX_CLIENTS, MAX_SOCKET_PATH, LocalApi, ask, bring
+from agent.errors import MalformedError, NotRunningError, TransportError
+
+
+def take(content: bytes) -> dict[str, object]:
+    """Takes only one file."""
+    if content != b"rights":
+        raise MalformedError(f"found {len(content)} bytes")
+    return {"taken": True}
 
 
 @pytest.fixture
@@ -24,7 +33,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def api(path: Path) -> Iterator[LocalApi]:
-    api = LocalApi(path, lambda: {"vin": "X", "signals": {"a": 1}})
+    api = LocalApi(path, lambda: {"vin": "X", "signals": {"a": 1}}, take)
     yield api
     api.close()
 
@@ -60,7 +69,12 @@ def test_status_is_answered_and_never_cached(path: Path) -> None:
         (b"GET / HTTP/1.1\r\n\r\n", 404),
         (b"GET /v1/status/../../etc/passwd HTTP/1.1\r\n\r\n", 404),
         (b"GET /v1/status?x HTTP/1.1\r\n\r\n", 404),
-        (b"POST /v1/status HTTP/1.1\r\nContent-Length: 5\r\n\r\nhello", 501),
+        (b"POST /v1/status HTTP/1.1\r\nContent-Length: 5\r\n\r\nhello", 404),
+        (b"POST /v1/import HTTP/1.1\r\n\r\nhello", 411),
+        (b"POST /v1/import HTTP/1.1\r\nContent-Length: -5\r\n\r\nhello", 411),
+        (b"POST /v1/import HTTP/1.1\r\nContent-Length: 4194305\r\n\r\nhello", 413),
+        (b"POST /v1/import HTTP/1.1\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\nhello", 413),
+        (b"POST /v1/import HTTP/1.1\r\nContent-Length: 5\r\n\r\nhello", 422),
         (b"DELETE /v1/status HTTP/1.1\r\n\r\n", 501),
         (b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n", 414),
         (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 200 + b"\r\n", 431),
@@ -74,13 +88,47 @@ def test_all_else_is_refused_in_json_and_never_cached(path: Path, raw: bytes, st
 
 
 @pytest.mark.usefixtures("api")
+def test_file_of_rights_is_handed_on_and_its_refusal_handed_back(path: Path) -> None:
+    assert bring(path, b"rights") == {"taken": True}
+    assert bring(path, b"wrongs") == {"error": "MalformedError", "reason": "found 6 bytes"}
+    assert bring(path, bytes(MAX_BODY_BYTES))["error"] == "MalformedError"
+    with pytest.raises(TransportError):
+        bring(path, bytes(MAX_BODY_BYTES + 1))
+
+
+@pytest.mark.usefixtures("api")
+def test_file_that_ends_early_is_not_handed_on(path: Path) -> None:
+    with client(path) as connection:
+        connection.sendall(b"POST /v1/import HTTP/1.1\r\nContent-Length: 100\r\n\r\nrights")
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(1000) == b""
+
+
+def test_file_of_another_user_is_refused(path: Path, api: LocalApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    del api
+    monkeypatch.setattr(os, "geteuid", lambda: 4242)
+    own = os.getuid()
+    if own == 0:  # root may: let the socket belong to a user who asks as another one
+        monkeypatch.setattr(struct, "unpack", lambda *_: (1, 4243, 4243))
+    with pytest.raises(TransportError, match="answered 403"):
+        bring(path, b"rights")
+
+
+def test_no_agent_at_the_socket_is_told_apart(path: Path) -> None:
+    with pytest.raises(NotRunningError):
+        bring(path, b"rights")
+    with pytest.raises(NotRunningError):
+        ask(path)
+
+
+@pytest.mark.usefixtures("api")
 def test_socket_is_private(path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_ISSOCK(path.stat().st_mode)
 
 
 def test_end_removes_the_socket_and_asking_then_says_so(path: Path) -> None:
-    LocalApi(path, dict).close()
+    LocalApi(path, dict, take).close()
     assert not path.exists()
     with pytest.raises(TransportError, match="no agent answers"):
         ask(path, "/v1/status")
@@ -89,7 +137,7 @@ def test_end_removes_the_socket_and_asking_then_says_so(path: Path) -> None:
 def test_socket_that_a_crash_left_is_replaced(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(path))
-    api = LocalApi(path, dict)
+    api = LocalApi(path, dict, take)
     assert ask(path, "/v1/status") == {}
     api.close()
 
@@ -97,15 +145,15 @@ def test_socket_that_a_crash_left_is_replaced(path: Path) -> None:
 def test_file_that_is_no_socket_is_left_alone(path: Path) -> None:
     path.write_text("mine")
     with pytest.raises(TransportError, match="is not a socket and is left alone"):
-        LocalApi(path, dict)
+        LocalApi(path, dict, take)
     assert path.read_text() == "mine"
 
 
 def test_path_that_is_too_long_or_nowhere_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TransportError, match=r"at most 100 bytes; set state\.api_socket"):
-        LocalApi(Path("/" + "x" * MAX_SOCKET_PATH), dict)
+        LocalApi(Path("/" + "x" * MAX_SOCKET_PATH), dict, take)
     with pytest.raises(TransportError, match="No such file"):
-        LocalApi(Path("/tmp/no-such-folder-here/agent.sock"), dict)
+        LocalApi(Path("/tmp/no-such-folder-here/agent.sock"), dict, take)
 
 
 @pytest.mark.usefixtures("api")
@@ -125,7 +173,7 @@ def test_silent_rude_and_vanished_clients_do_not_hold_up_the_others(
 def test_number_of_clients_is_bounded_and_places_come_free(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    api = LocalApi(path, dict)
+    api = LocalApi(path, dict, take)
     with ExitStack() as stack:
         waiting = [stack.enter_context(client(path)) for _ in range(MAX_CLIENTS)]
         with client(path) as one_more:
@@ -142,7 +190,7 @@ def test_loop_that_does_not_answer_is_told(path: Path) -> None:
     def late() -> dict[str, object]:
         raise TimeoutError
 
-    api = LocalApi(path, late)
+    api = LocalApi(path, late, take)
     with pytest.raises(TransportError, match=r"answered 503: .*did not answer within"):
         ask(path, "/v1/status")
     api.close()

@@ -71,6 +71,23 @@ def test_the_clock_before_an_observation_is_unchanged_by_it() -> None:
     assert clock.now(10 * S).unix_ms == BUILD_MS
 
 
+def test_time_of_a_file_raises_the_bound_and_says_that_it_is_one() -> None:
+    clock = booted(SIGNED_MS).raise_to(SIGNED_MS + 50_000, 20 * S)
+    assert clock.now(30 * S) == TrustedTime(SIGNED_MS + 60_000, UNKNOWN_UNCERTAINTY_MS, "file")
+
+
+def test_time_of_a_file_that_is_behind_changes_nothing() -> None:
+    clock = booted().observe_signed(SIGNED_MS, 20 * S, 20 * S)
+    assert clock.raise_to(SIGNED_MS + 10_000, 30 * S) is clock
+
+
+def test_time_of_a_file_ahead_of_a_signed_one_leaves_its_uncertainty_unknown_until_the_next() -> None:
+    clock = booted().observe_signed(SIGNED_MS, 20 * S, 20 * S).raise_to(SIGNED_MS + 90_000, 30 * S)
+    assert clock.now(31 * S) == TrustedTime(SIGNED_MS + 91_000, UNKNOWN_UNCERTAINTY_MS, "file")
+    later = clock.observe_signed(SIGNED_MS + 100_000, 31 * S, 32 * S)
+    assert later.now(32 * S) == TrustedTime(SIGNED_MS + 100_000, 1_001, "signed")
+
+
 # --- terms -------------------------------------------------------------------
 
 END_S = SIGNED_MS // 1000 + 86_400

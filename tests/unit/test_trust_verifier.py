@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
+
 import pytest
-from support.trust_repo import DAY_MS, LOGBOOK, NOW_MS, SEAT, VIN, Cloud, Vehicle, supplied
+from support.trust_repo import DAY_MS, LOGBOOK, NOW_MS, SEAT, VIN, Cloud, Vehicle, make_announcement, supplied
 
 from agent.errors import ExpiredError, MalformedError, RollbackError
-from agent.model import ActuatorKind, TrustBytes
+from agent.model import ActuatorKind, TlsAnchor, TokenKeyAnnouncement, TrustBytes
 from agent.trust.verifier import Floors, floors_after, starts_new_epoch, verify_stored
 
 
@@ -28,6 +30,47 @@ def test_a_grant_reaches_a_vehicle_that_knows_only_its_provisioned_roots(cloud: 
     assert rights.tokens[SEAT].allows
     assert set(rights.tokens) == {SEAT}
     assert verdict.signed_ms == NOW_MS
+
+
+def test_a_verdict_says_when_each_file_expires(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    days = {"root": 5 * 365, "timestamp": 1, "snapshot": 30, "targets": 30}
+    assert vehicle.boot().expires_ms == {
+        f"{repository} {role}": NOW_MS + count * DAY_MS
+        for repository in ("director", "catalogue")
+        for role, count in days.items()
+    }
+
+
+def test_rights_as_a_file_are_taken_and_taken_again(cloud: Cloud) -> None:
+    vehicle = Vehicle(cloud)
+    cloud.grant()
+    bundle = cloud.answer(None, offline=True)
+    verdict = vehicle.take_bundle(bundle)
+    assert set(verdict.rights.entitlements) == {SEAT}
+    assert verdict.signed_ms == NOW_MS
+    assert vehicle.take_bundle(bundle) == verdict
+
+
+def test_the_token_key_and_the_servers_certificates_are_read(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    announced = make_announcement(cloud.token_key, 3)
+    server = b'{"servers":[{"certificate":"AQID","not_before_ms":1,"not_after_ms":2}]}'
+    cloud.notices = {"token-keys/3.cose": announced, "tls.json": server}
+    cloud.publish()
+    rights = vehicle.take(cloud.answer(vehicle.nonce)).rights
+    assert rights.token_key == TokenKeyAnnouncement(3, announced, sha256(announced).hexdigest())
+    assert rights.tls_anchors == (TlsAnchor(b"\x01\x02\x03", 1, 2),)
+    assert vehicle.boot().rights == rights
+
+
+def test_the_owner_epoch_is_remembered(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    assert vehicle.floors.owner_epoch == vehicle.boot().rights.owner_epoch == 1
+    cloud.owner_epoch = 2
+    cloud.publish()
+    assert vehicle.take(cloud.answer(vehicle.nonce)).rights.owner_epoch == 2
+    assert vehicle.floors.owner_epoch == 2
 
 
 def test_a_vehicle_without_rights_takes_an_empty_set(cloud: Cloud) -> None:

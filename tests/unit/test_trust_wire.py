@@ -39,8 +39,8 @@ def test_a_right_is_read_whole() -> None:
             use_prices=[pb.UsePrice(meter_id="active-time", price_minor=3, per_units=60_000)],
         ),
     )
-    version, (read,) = entitlements_from_bytes(written(right, version=7), VIN)
-    assert version == 7
+    version, owner_epoch, (read,) = entitlements_from_bytes(written(right, version=7), VIN)
+    assert (version, owner_epoch) == (7, 1)  # an owner epoch of 0 is read as 1
     assert read.feature_id == SEAT
     assert read.plan_kind is PlanKind.SUBSCRIPTION
     assert (read.not_before_s, read.not_after_s, read.odometer_from_m, read.odometer_to_m) == (1, 2, 3, 4)

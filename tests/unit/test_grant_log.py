@@ -1,0 +1,185 @@
+"""The owner's log says what was granted, changed and ended, by whose set, and what no right explains."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.edge_store import open_store, trust, usage
+from support.engine_world import World, entitlement, with_quota
+
+from agent.errors import JournalError
+from agent.model import PlanKind, Quota, Rights, TrustBytes, TrustedTime, Verdict, Versions
+from agent.trust.grant_log import LogEntry, LogHead, changes, entry, summary, terms_in_words, verify_chain
+
+NOW = TrustedTime(1_800_000_000_000, 40, "signed")
+
+
+def verdict(*rights: Any, owner_epoch: int = 1, version: int = 7) -> Verdict:
+    by_feature = {right.feature_id: right for right in rights}
+    versions = Versions(1, 2, 3, version)
+    return Verdict(
+        TrustBytes(), versions, Versions(1, 1, 1, 4), Rights(version, by_feature, owner_epoch=owner_epoch), 0
+    )
+
+
+def read(entries: tuple[LogEntry, ...]) -> list[dict[str, Any]]:
+    return [json.loads(e.content) for e in entries]
+
+
+def test_a_grant_is_noted_with_time_source_versions_plan_and_terms() -> None:
+    right = entitlement(1)
+    (found,) = read(changes(LogHead(), verdict(right), NOW, before={}, owner_epoch=0))
+    assert found == {
+        "seq": 1,
+        "previous": bytes(32).hex(),
+        "kind": "granted",
+        "at_ms": NOW.unix_ms,
+        "time_source": "signed",
+        "uncertainty_ms": 40,
+        "feature": right.feature_id,
+        "entitlement": right.entitlement_id,
+        "plan": "seat-heating-monthly version 1 (SUBSCRIPTION)",
+        "terms": "200 ignition cycles",
+        "release": 0,
+        "signed_by": {"director": 7, "catalogue": 4},
+    }
+    assert summary(found) == (
+        f"{right.entitlement_id}: seat-heating-monthly version 1 (SUBSCRIPTION); 200 ignition cycles;"
+        " director's set 7, catalogue 4"
+    )
+
+
+def test_a_change_an_end_a_replacement_and_an_owner_have_entries_and_sameness_has_none() -> None:
+    right = entitlement(1)
+    known = {right.feature_id: right}
+    longer, other = replace(right, ignition_cycles=300), entitlement(2)
+
+    def kinds(*rights: Any, owner_epoch: int = 1) -> list[tuple[object, object]]:
+        found = changes(
+            LogHead(), verdict(*rights, owner_epoch=owner_epoch), NOW, before=known, owner_epoch=1
+        )
+        assert verify_chain(e.content for e in found).seq == len(found)
+        return [(e["kind"], e.get("entitlement")) for e in read(found)]
+
+    assert kinds(right) == []
+    assert kinds(longer) == [("changed", right.entitlement_id)]
+    assert kinds() == [("ended", right.entitlement_id)]
+    assert kinds(other) == [("ended", right.entitlement_id), ("granted", other.entitlement_id)]
+    assert kinds(owner_epoch=2) == [("owner", None), ("ended", right.entitlement_id)]
+
+
+def test_the_first_set_is_no_change_of_owner() -> None:
+    assert changes(LogHead(), verdict(owner_epoch=3), NOW, before={}, owner_epoch=0) == ()
+    (found,) = read(changes(LogHead(), verdict(owner_epoch=3), NOW, before={}, owner_epoch=2))
+    assert summary(found) == "owner 3; director's set 7, catalogue 4"
+
+
+def test_an_unknown_uncertainty_is_noted_as_unknown() -> None:
+    made = entry(LogHead(), "evidence", replace(NOW, uncertainty_ms=10**15), {"finding": "f"})
+    assert json.loads(made.content)["uncertainty_ms"] is None
+    assert summary(json.loads(made.content)) == "f"
+
+
+def test_terms_are_said_in_words() -> None:
+    right = entitlement(
+        1,
+        plan_kind=PlanKind.WINDOW,
+        not_before_s=1_800_000_000,
+        not_after_s=1_800_086_400,
+        odometer_from_m=5,
+        odometer_to_m=9,
+        operating_s=60,
+        offline_grace_s=30,
+        quotas=(Quota("active-time", 5, hard=True), Quota("heated-distance", 6, hard=False)),
+    )
+    assert terms_in_words(right) == (
+        "from 2027-01-15 08:00:00 UTC, until 2027-01-16 08:00:00 UTC, from 5 m on the odometer,"
+        " up to 9 m on the odometer, 200 ignition cycles, 60 s of operation,"
+        " 30 s without contact to the cloud, active-time at most 5,"
+        " heated-distance above, charged extra: 6"
+    )
+    assert terms_in_words(entitlement(1, ignition_cycles=0)) == "no limit"
+    assert "Unix second 9999999999999" in terms_in_words(entitlement(1, not_after_s=9_999_999_999_999))
+
+
+# --- on disk ------------------------------------------------------------------------------
+
+
+def kinds(world: World) -> list[str]:
+    return [json.loads(content)["kind"] for content in world.disk.log]
+
+
+def test_a_life_is_told_in_one_chain_over_restarts() -> None:
+    world = World()
+    world.boot()
+    world.run_ms(2000)
+    world.cloud.grant(entitlement(1))
+    world.push()
+    world.run_ms(3000)
+    world.kill()
+    world.run_ms(500)
+    world.boot()
+    world.run_ms(3000)
+    world.cloud.grant(with_quota(2, 60_000))
+    world.push()
+    world.run_ms(3000)
+    world.cloud.revoke()
+    world.push()
+    world.run_ms(12_000)
+    world.ecu.on = True
+    world.run_ms(20_000)
+    assert kinds(world) == ["granted", "ended", "granted", "ended", "evidence"]
+    assert world.engine is not None
+    head = verify_chain(world.disk.log)
+    assert world.engine.status(0)["log"] == {"entries": 5, "head": head.hash.hex()}
+    assert world.violations == []
+
+
+def test_a_box_that_never_rests_does_not_fill_the_log() -> None:
+    world = World()
+    world.boot()
+    world.run_ms(2000)
+    world.cloud.grant(entitlement(1))
+    world.push()
+    world.run_ms(3000)
+    world.cloud.revoke()
+    world.push()
+    world.run_ms(12_000)
+    for _ in range(5):
+        world.ecu.on = True
+        world.run_ms(14_000)
+    assert kinds(world) == ["granted", "ended", "evidence"]
+
+
+def test_entries_are_written_with_what_they_tell_of_and_read_again(tmp_path: Path) -> None:
+    first = changes(LogHead(), verdict(entitlement(1)), NOW, before={}, owner_epoch=0)
+    second = (entry(first[-1].head, "evidence", NOW, {"finding": "f"}),)
+    store = open_store(tmp_path / "agent.db")
+    store.store_trust(replace(trust(1), entries=first), store.load().floors)
+    store.store_usage(replace(usage(1), entries=second))
+    store.close()
+    store = open_store(tmp_path / "agent.db")
+    assert store.grant_log() == (first[0].content, second[0].content)
+    assert store.load().log_head == second[0].head
+    store.close()
+
+
+@pytest.mark.parametrize("failing", ["trust", "usage"])
+def test_entries_that_do_not_follow_are_not_written_and_nothing_else_is(tmp_path: Path, failing: str) -> None:
+    first = (entry(LogHead(), "evidence", NOW, {"finding": "f"}),)
+    store = open_store(tmp_path / "agent.db")
+    store.store_usage(replace(usage(1), entries=first))
+    before = store.load()
+    write = {
+        "trust": partial(store.store_trust, replace(trust(2), entries=first), before.floors),
+        "usage": partial(store.store_usage, replace(usage(2), entries=first)),
+    }[failing]
+    with pytest.raises(JournalError):
+        write()
+    assert store.load() == before
+    store.close()
