@@ -5,12 +5,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+FUZZ_STAMP := $(VENV)/.installed-fuzz
 ARGS ?=
 PROTOS := $(shell find proto -name '*.proto' | sort)
 SERVICES := $(shell find proto -name '*_service.proto' | sort)
 CODE := agent bench cloud common deploy firmware_sim keys tests
 
-.PHONY: help run test test-crash simulate nightly lint format proto proto-check lock bench clean
+.PHONY: help run test test-crash simulate fuzz mutants nightly lint format proto proto-check lock bench clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,9 +36,21 @@ test-crash: $(STAMP) ## 50 rounds of kill -9 in a drive (ROUNDS=50)
 simulate: $(STAMP) ## Seeded simulation of engine, cloud and vehicle (SEEDS=1000)
 	@FOD_SEEDS=$${SEEDS:-1000} $(BIN)/python -m pytest --timeout 1200 -s tests/simulation $(ARGS)
 
+$(FUZZ_STAMP): $(STAMP) requirements-fuzz.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r requirements-fuzz.lock
+	@touch $@
+
+fuzz: $(FUZZ_STAMP) ## Coverage-guided fuzzing of every parser (SECONDS=60 for each, TARGET=NAME for one, INPUT=FILE)
+	@PYTHONPATH=.:tests $(BIN)/python -m fuzz.run --seconds $(or $(SECONDS),60) $(if $(TARGET),--target $(TARGET)) $(if $(INPUT),--input $(INPUT))
+
+mutants: $(STAMP) ## Changes that no test notices, in agent/trust/ and the guard (ONLY=FILE, SAMPLE=100)
+	@PYTHONPATH=.:tests $(BIN)/python -m tools.mutants $(if $(ONLY),--only $(ONLY)) $(if $(SAMPLE),--sample $(SAMPLE)) $(ARGS)
+
 nightly: $(STAMP) ## The long forms of the tests
 	@$(MAKE) test-crash ROUNDS=50
 	@$(MAKE) simulate SEEDS=10000
+	@$(MAKE) mutants ARGS=--fresh
+	@$(MAKE) fuzz SECONDS=1200
 
 lint: $(STAMP) proto-check ## Style, types, direction of imports, contracts
 	@$(BIN)/ruff check $(CODE)
@@ -65,7 +78,8 @@ proto-check: $(STAMP) ## Check that openfod/ is what proto/ says
 	@diff -r -x __pycache__ .cache/proto/openfod openfod || { echo "openfod/ is not what proto/ says; run: make proto"; exit 1; }
 
 lock: ## Renew the lock files (needs uv)
-	uv pip compile --quiet --universal --generate-hashes --no-header --no-emit-index-url --python-version 3.11 --all-extras pyproject.toml -o requirements.lock
+	uv pip compile --quiet --universal --generate-hashes --no-header --no-emit-index-url --python-version 3.11 --extra cloud --extra sim --extra dev pyproject.toml -o requirements.lock
+	uv pip compile --quiet --universal --generate-hashes --no-header --no-emit-index-url --python-version 3.11 --group fuzz -o requirements-fuzz.lock
 	uv pip compile --quiet --universal --generate-hashes --no-header --no-emit-index-url --python-version 3.11 pyproject.toml -o requirements-agent.lock
 
 bench: $(STAMP) ## Benchmarks; prints figures (ARGS=NAME for one of them)
