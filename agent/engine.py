@@ -240,8 +240,9 @@ class Engine:
             case ev.BundleVerified(verdict, received_ns):
                 self._clock = self._clock.raise_to(verdict.signed_ms, received_ns)
                 self._store_trust(verdict, now_ns, live=False)
-            case ev.UpdateRefused(kind, reason):
-                self._verifying = False
+            case ev.UpdateRefused(kind, reason, verified):
+                if verified:  # else another one may still be with the worker
+                    self._verifying = False
                 self._refused(kind, reason)
             case ev.Persisted(number):
                 self._persisted(number, now_ns)

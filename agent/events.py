@@ -112,10 +112,15 @@ class BundleVerified:
 
 @dataclass(frozen=True, slots=True)
 class UpdateRefused:
-    """A worker refused an update; the trusted state is unchanged."""
+    """An update was refused; the trusted state is unchanged.
+
+    Args:
+        verified: it came as far as the worker; False if the link refused it unread.
+    """
 
     kind: str
     reason: str
+    verified: bool = True
 
 
 @dataclass(frozen=True, slots=True)

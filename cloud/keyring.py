@@ -54,6 +54,21 @@ class OnlineKeys:
         """True if a vehicle that trusts this root has to follow a newer one first."""
         return root_version < self.root.signed.version
 
+    def begins_anew(self, root_version: int) -> bool:
+        """True if a vehicle that trusts this root forgets its versions on the way to the newest.
+
+        It does so where the keys of timestamp or snapshot were replaced
+        (TUF 1.0.34, section 5.3.11), not for every new root.
+        """
+        content = self.roots.get(root_version)
+        if content is None:
+            return False
+        before = Metadata[Root].from_bytes(content).signed
+        return any(
+            set(before.roles[role].keyids) != set(self.root.signed.roles[role].keyids)
+            for role in (Timestamp.type, Snapshot.type)
+        )
+
 
 def is_signed_by(content: bytes, key: CryptoSigner) -> bool:
     """True if stored metadata of our own names this key among its signatures."""

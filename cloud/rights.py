@@ -180,6 +180,8 @@ class Rights:
         self.refresh(tx, vin, now_ms)  # a right that has run out gets no new token
         signed = [row for row in tx.tokens(vin) if row.ecu_identifier == ecu_identifier]
         burning = [self._burn(tx, vin, old, row) for row in signed]
+        # All of them, also of features without a token now: the vehicle remembers them by the ECU's place.
+        tx.copy_token_counters(old_uid, new_uid)
         tx.replace_ecu(vin, ecu_identifier, new_uid, now_ms)
         new = replace(old, uid=new_uid)
         live = {
@@ -189,7 +191,6 @@ class Rights:
         }
         for row in signed:
             number = token.feature_number(row.content)
-            tx.raise_token_counter(new_uid, number, tx.token_counter(old_uid, number))
             self._put_token(tx, vin, new, row.feature_id, number, live.get(row.feature_id))
         return Rebound(self._publish(tx, vin, now_ms), tuple(burning))
 
@@ -219,7 +220,9 @@ class Rights:
                 continue
             right = entitlement_pb2.Entitlement.FromString(row.content)
             if right.resale == _STAYS:
-                tx.end_entitlement(row.entitlement_id, now_ms, SOLD)
+                # Later than the grant, whatever the clock did: it is how rating knows what is inherited.
+                sold_ms = max(now_ms, row.granted_ms + 1)
+                tx.end_entitlement(row.entitlement_id, sold_ms, SOLD)
                 right.entitlement_id, right.account = f"ent-{self._random(8).hex()}", account
                 right.trace_id = self._random(16).hex()
                 kept.append(
@@ -228,7 +231,7 @@ class Rights:
                         entitlement_id=right.entitlement_id,
                         account=account,
                         content=right.SerializeToString(deterministic=True),
-                        granted_ms=now_ms,
+                        granted_ms=sold_ms,
                         owner_epoch=owner_epoch,
                     )
                 )
@@ -452,13 +455,13 @@ class Rights:
         Returns:
             False if the vehicle would refuse the next update as a rollback.
         """
-        if self._keys.director.is_behind(reported.director.root):  # versions begin anew
-            tx.end_findings(vin, findings.CLOUD_BEHIND)
-            return True
         signed = tx.vehicle_set(vin)
         assert signed is not None
         ahead = self._ahead(tx, vin, signed, reported)
         held = any(row.kind == findings.CLOUD_BEHIND for row in tx.findings(vin))
+        if not ahead and self._keys.director.begins_anew(reported.director.root):
+            tx.end_findings(vin, findings.CLOUD_BEHIND)
+            return True
         if not ahead and not held:
             return True
         restore = tx.open_restore(now_ms)
@@ -485,34 +488,55 @@ class Rights:
         self, tx: Transaction, vin: str, signed: SetRow, reported: Reported
     ) -> dict[str, tuple[int, int]]:
         """What a vehicle has newer than this database: what -> (here, on the vehicle)."""
-        pairs = {
-            "targets": (signed.version, reported.director.targets),
-            "snapshot": (signed.version, reported.director.snapshot),
-            "timestamp": (signed.timestamp_version, reported.director.timestamp),
-            "owner epoch": (known_vehicle(tx, vin).owner_epoch, reported.owner_epoch),
+        counters = {
+            f"token counter of {found.ecu_identifier}/{found.feature_id}": (
+                tx.token_counter(uid, number),
+                found.counter,
+            )
+            for uid, number, found in self._counters(tx, vin, reported)
         }
-        for uid, number, found in self._counters(tx, vin, reported):
-            name = f"token counter of {found.ecu_identifier}/{found.feature_id}"
-            pairs[name] = (tx.token_counter(uid, number), found.counter)
+        if self._keys.director.begins_anew(reported.director.root):
+            # It forgets all of this on the way. Its ECUs do not: what a restore explains counts on.
+            pairs = {what: pair for what, pair in counters.items() if pair[1] - pair[0] <= MAX_JUMP}
+        else:
+            pairs = {
+                "targets": (signed.version, reported.director.targets),
+                "snapshot": (signed.version, reported.director.snapshot),
+                "timestamp": (signed.timestamp_version, reported.director.timestamp),
+                "owner epoch": (known_vehicle(tx, vin).owner_epoch, reported.owner_epoch),
+                **counters,
+            }
         return {what: pair for what, pair in pairs.items() if pair[0] < pair[1]}
 
     def _counters(self, tx: Transaction, vin: str, reported: Reported) -> list[tuple[bytes, int, Counter]]:
         """Reported counters of ECUs and features that exist: uid, feature number, counter."""
-        uids = {ecu.identifier: ecu.uid for ecu in tx.ecus(vin)}
+        ecus = tx.ecus(vin)
+        uids = {ecu.identifier: ecu.uid for ecu in ecus}
+        numbers = {
+            (release.ecu_identifier, release.feature_id): release.feature_number
+            for releases in self._catalogue.releases.values()
+            for release in releases
+            if release.feature_number and _fits(release, ecus)
+        }
+        # A feature may have another number on other hardware: what was signed for this vehicle counts.
+        for row in tx.tokens(vin):
+            numbers[row.ecu_identifier, row.feature_id] = token.feature_number(row.content)
         return [
-            (uids[found.ecu_identifier], releases[-1].feature_number, found)
+            (uids[found.ecu_identifier], number, found)
             for found in reported.counters
-            if found.ecu_identifier in uids
-            and (releases := self._catalogue.releases.get(found.feature_id))
-            and releases[-1].feature_number
+            if (number := numbers.get((found.ecu_identifier, found.feature_id)))
+            and found.ecu_identifier in uids
         ]
 
     def _move_past(self, tx: Transaction, vin: str, signed: SetRow, reported: Reported, now_ms: int) -> None:
         """Signs tokens and set anew, above all that the vehicle reported."""
         for uid, number, found in self._counters(tx, vin, reported):
-            tx.raise_token_counter(uid, number, found.counter)
-        tx.raise_timestamp_version(vin, reported.director.timestamp)
-        above = max(signed.version, reported.director.targets, reported.director.snapshot)
+            if found.counter - tx.token_counter(uid, number) <= MAX_JUMP:
+                tx.raise_token_counter(uid, number, found.counter)
+        above = signed.version
+        if not self._keys.director.begins_anew(reported.director.root):
+            tx.raise_timestamp_version(vin, reported.director.timestamp)
+            above = max(above, reported.director.targets, reported.director.snapshot)
         self._sign_tokens_again(tx, vin)
         self._publish(tx, vin, now_ms, above=above)
 
@@ -742,7 +766,8 @@ class Rights:
         An ended right whose feature has left the catalogue has none.
         """
         ecus = tx.ecus(vin)
-        newest = {row.feature_id: row for row in tx.entitlements(vin)}
+        ended_first = sorted(tx.entitlements(vin), key=lambda row: not row.revoked_ms)
+        newest = {row.feature_id: row for row in ended_first}
         chosen = [
             self._chosen(row, ecus)
             for row in newest.values()

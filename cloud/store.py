@@ -427,6 +427,13 @@ class Transaction:
             key = {"ecu_uid": ecu_uid, "feature_number": feature_number}
             self._put(schema.token_counters, key, {"counter": at_least})
 
+    def copy_token_counters(self, old_uid: bytes, new_uid: bytes) -> None:
+        """Makes the counters of an ECU at least those of the one whose place it takes."""
+        table = schema.token_counters
+        query = sa.select(table.c.feature_number, table.c.counter).where(table.c.ecu_uid == old_uid)
+        for feature_number, counter in self._connection.execute(query).all():
+            self.raise_token_counter(new_uid, feature_number, counter)
+
     def put_token(self, vin: str, row: TokenRow) -> None:
         """Replaces the token of one feature in one ECU."""
         key = {"vin": vin, "ecu_identifier": row.ecu_identifier, "feature_id": row.feature_id}

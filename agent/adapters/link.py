@@ -253,7 +253,7 @@ class Link:
                 try:
                     update = wire.trust_update_from_proto(response.trust_update)
                 except TrustError as error:
-                    self._post(UpdateRefused(error.kind, str(error)))
+                    self._post(UpdateRefused(error.kind, str(error), verified=False))
                 else:
                     self._post(UpdateArrived(update))
             case "receipt":

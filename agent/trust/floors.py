@@ -21,14 +21,17 @@ def highest(first: Floors, second: Floors) -> Floors:
     Versions and times of two epochs cannot be compared: the epoch under the
     newer root counts, because only a threshold of root keys begins one
     (Uptane 2.1.0 section 5.4.4.3, step 4). Token counters and the owner epoch
-    belong to no epoch.
+    belong to it as well: the ECU's own counter stands in any case.
     """
     older, newer = (second, first) if first.director.root >= second.director.root else (first, second)
     if _comparable(first.director_epoch, second.director_epoch):
         time_ms = max(first.time_ms, second.time_ms)
         releases = _highest_of(first.releases, second.releases)
+        counters = _highest_of(first.token_counters, second.token_counters)
+        owner_epoch = max(first.owner_epoch, second.owner_epoch)
     else:
         time_ms, releases = newer.time_ms, {**older.releases, **newer.releases}
+        counters, owner_epoch = dict(newer.token_counters), newer.owner_epoch
     director, director_epoch = _higher(
         (first.director, first.director_epoch), (second.director, second.director_epoch)
     )
@@ -39,11 +42,11 @@ def highest(first: Floors, second: Floors) -> Floors:
         director=director,
         catalogue=catalogue,
         time_ms=time_ms,
-        token_counters=_highest_of(first.token_counters, second.token_counters),
+        token_counters=counters,
         releases=releases,
         director_epoch=director_epoch,
         catalogue_epoch=catalogue_epoch,
-        owner_epoch=max(first.owner_epoch, second.owner_epoch),
+        owner_epoch=owner_epoch,
     )
 
 

@@ -84,7 +84,7 @@ class Floors:
         releases: release counter of each feature, by feature id.
         director_epoch, catalogue_epoch: which timestamp and snapshot keys the
             floors belong to. When a threshold of root keys replaces those, the
-            versions and the time begin anew, so that a stolen key that ran
+            versions, the time, the counters and the owner epoch begin anew, so that a stolen key that ran
             ahead is undone (Uptane 2.1.0 section 5.4.4.3, step 4).
         owner_epoch: counts the vehicle's owners; 0 before the first rights.
     """
@@ -255,11 +255,11 @@ def floors_after(verdict: Verdict, floors: Floors) -> Floors:
         director=verdict.director,
         catalogue=verdict.catalogue,
         time_ms=verdict.signed_ms if renewed else max(floors.time_ms, verdict.signed_ms),
-        token_counters={**floors.token_counters, **counters},
+        token_counters=counters if renewed else {**floors.token_counters, **counters},
         releases={**floors.releases, **releases},
         director_epoch=director_epoch,
         catalogue_epoch=catalogue_epoch,
-        owner_epoch=max(floors.owner_epoch, rights.owner_epoch),
+        owner_epoch=rights.owner_epoch if renewed else max(floors.owner_epoch, rights.owner_epoch),
     )
 
 
@@ -298,17 +298,19 @@ def _verify(
     catalogue_files = _contents("catalogue", listed, stored.catalogue_targets, update.catalogue_targets)
     # 13. What they say fits together.
     same_epoch = not _is_other_epoch(director_roots.epoch, floors.director_epoch)
+    counter_floors = floors.token_counters if same_epoch else {}
     features = _features(catalogue_files, director.targets, floors.releases if same_epoch else {})
     rights = Rights(
         version=director.versions.targets,
         entitlements={},
         features=features,
-        tokens=_tokens(director_files, director.targets, features, floors.token_counters),
+        tokens=_tokens(director_files, director.targets, features, counter_floors),
         token_key=_token_key(director_files),
         tls_anchors=parse_tls_anchors(director_files[TLS_PATH]) if TLS_PATH in director_files else (),
     )
     rights = _with_entitlements(rights, director_files, vin)
-    _check_not_older("owner epoch", floors.owner_epoch, rights.owner_epoch)
+    if same_epoch:  # else a stolen director could have run ahead, and nothing could ever follow
+        _check_not_older("owner epoch", floors.owner_epoch, rights.owner_epoch)
     return Verdict(
         state=TrustBytes(director.content, catalogue.content, director_files, catalogue_files),
         director=director.versions,

@@ -11,7 +11,7 @@ from support.engine_world import FEATURE, HEAT, MS, ODO, World, catalogue_featur
 from agent import events as ev
 from agent.adapters.uds import UdsClient
 from agent.metering.ledger import MAX_AMOUNT
-from agent.model import Entitlement, Frame, Quota, Rights, SignalBatch, SignalChange
+from agent.model import Entitlement, Frame, Quota, Rights, SignalBatch, SignalChange, TrustBytes
 from openfod.usage.v1 import usage_pb2
 
 
@@ -269,6 +269,19 @@ def test_a_flood_of_updates_is_verified_one_at_a_time(world: World) -> None:
     world._do = count  # type: ignore[method-assign]
     world.run_ms(70)
     assert verifications <= 20
+
+
+def test_updates_that_the_link_cannot_read_start_no_second_verification(world: World) -> None:
+    assert world.engine is not None
+    outstanding = 0
+    for _ in range(100):
+        for event in (
+            ev.UpdateArrived(TrustBytes()),
+            ev.UpdateRefused("LimitError", "too large", verified=False),
+        ):
+            commands = world.engine.step(event, world.now_ms * MS)
+            outstanding += sum(isinstance(command, ev.Verify) for command in commands)
+    assert outstanding <= 1
 
 
 def test_answering_every_nonce_costs_a_bounded_number_of_writes(world: World) -> None:

@@ -894,3 +894,21 @@ def test_a_withdrawn_feature_goes_on_for_who_has_the_right(cloud: Cloud) -> None
     cloud.describe(SEAT, 2, content=withdrawn)
     cloud.publish_catalogue()
     assert vehicle.take(cloud.answer(vehicle.nonce)).rights == before
+
+
+def test_owner_epochs_and_counters_that_stolen_keys_ran_ahead_are_undone_by_the_root(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    cloud.owner_epoch, cloud.counters[SEAT] = 2**32 - 1, 2**32 - 2
+    cloud.grant(SEAT)
+    vehicle.take(cloud.answer(vehicle.nonce))
+    assert vehicle.floors.owner_epoch == 2**32 - 1
+    assert vehicle.floors.token_counters["seat-module", SEAT] == 2**32 - 1
+    cloud.owner_epoch, cloud.counters[SEAT] = 1, 1
+    cloud.grant(SEAT)
+    vehicle.refuses(cloud.answer(vehicle.nonce), RollbackError)
+    for role in ("timestamp", "snapshot", "targets"):
+        cloud.director.rotate(role)
+    cloud.grant(SEAT)
+    vehicle.take(cloud.answer(vehicle.nonce))
+    assert vehicle.floors.owner_epoch == 1
+    assert vehicle.floors.token_counters["seat-module", SEAT] == cloud.counters[SEAT]

@@ -51,6 +51,7 @@ from common.config import ConfigError, option, read
 ROOT = Path(__file__).parents[2]
 LISTED = ROOT / "tests/mutants.toml"
 KEPT = ROOT / ".cache/mutants/results.json"
+LOG = ROOT / ".cache/mutants/log"
 
 GUARD_TESTS = ("tests/*/test_guard*.py", "tests/properties/test_uds_fuzz.py")
 TRUST_TESTS = (
@@ -486,7 +487,7 @@ class Nursery:
             late = time.monotonic() >= child.until_s
             if child.pipe not in ready and not late:
                 continue
-            said = os.read(child.pipe, 4096).decode() if child.pipe in ready else ""
+            said = os.read(child.pipe, 4096).decode(errors="replace") if child.pipe in ready else ""
             if late and not said:
                 os.kill(child.pid, signal.SIGKILL)
             os.close(child.pipe)
@@ -498,7 +499,9 @@ class Nursery:
 def _be_child(reader: int, writer: int, limit_s: float, work: Callable[[], str]) -> None:
     """Never returns."""
     os.close(reader)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (int(limit_s) + 1, int(limit_s) + 2))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -545,9 +548,11 @@ class WarmServer:
         functions = _functions(self._path)
         nursery = Nursery(self._jobs, lambda m, said: self._tell({"index": m.index, "result": said}))
         for mutant in self._todo:
-            patch = (
-                _patch(self._module, mutant, functions.get(mutant.function, [])) if mutant.function else None
-            )
+            try:
+                patch = _patch(self._module, mutant, functions.get(mutant.function, []))
+            except SyntaxError as error:
+                self._tell({"index": mutant.index, "result": f"killed by the compiler: {error.msg}"})
+                continue
             if patch is None:
                 self._tell({"index": mutant.index, "result": "cold", "tests": self._tests_of_import(mutant)})
                 continue
@@ -720,8 +725,7 @@ def serve() -> None:
     """Be a server: a job comes on standard input, results leave on standard output, line by line."""
     job = json.load(sys.stdin)
     out = os.fdopen(os.dup(1), "w")
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)
+    os.dup2(os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 1)
 
     def tell(result: dict[str, object]) -> None:
         out.write(json.dumps(result) + "\n")
@@ -740,7 +744,9 @@ def serve() -> None:
     else:
         todo = [module.mutants[index] for index in job["warm"]]
         names = [str(path) for path in tests_of(job["file"])]
-        pytest.main([*names, *_PYTEST_OPTIONS], plugins=[WarmServer(module, todo, job["jobs"], tell)])
+        code = pytest.main([*names, *_PYTEST_OPTIONS], plugins=[WarmServer(module, todo, job["jobs"], tell)])
+        if code not in {pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED}:
+            raise SystemExit(int(code))
 
 
 # --- the run -------------------------------------------------------------------
@@ -803,6 +809,8 @@ class Run:
             if not _is_killed(result["result"]):
                 _say(f"  {result['result']}: line {mutant.lines[0]}: {mutant.key}")
 
+        LOG.parent.mkdir(parents=True, exist_ok=True)
+        LOG.unlink(missing_ok=True)
         job: dict[str, Any] = {"file": file, "jobs": self.jobs, "warm": list(todo), "cold": {}}
         try:
             if todo:
@@ -818,7 +826,9 @@ class Run:
             raise SystemExit(f"{file} or one of its tests has changed during the run; run again")
         missing = [todo[index].key for index in todo if todo[index].key not in found]
         if missing:
-            raise SystemExit(f"{file}: {len(missing)} mutants were not tried, the first is {missing[0]}")
+            raise SystemExit(
+                f"{file}: {len(missing)} mutants were not tried, the first is {missing[0]}; see {LOG}"
+            )
         _say(f"{file}: done in {time.monotonic() - begun_s:.0f} s")
         self.results |= found
 
@@ -838,6 +848,8 @@ class Run:
             server.stdin.close()
             for line in server.stdout:
                 note(json.loads(line))
+        if server.returncode:
+            raise SystemExit(f"the server of {job['file']} ended with {server.returncode}; see {LOG}")
 
 
 class Memory:
