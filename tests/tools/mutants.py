@@ -304,7 +304,7 @@ def _of_call(call: ast.Call) -> Iterator[Change]:
     if len(arguments) > 1 and not any(isinstance(a, ast.Starred) for a in arguments):
         if ast.dump(arguments[0]) != ast.dump(arguments[1]) and name not in {"min", "max"}:
             yield _changed(call, "args", [arguments[1], arguments[0], *arguments[2:]])
-        if name != "to_bytes":  # big-endian is Python's own default
+        if name not in {"to_bytes", "from_bytes"}:  # big-endian is Python's own default
             yield _changed(call, "args", arguments[:-1])
     for index, keyword in enumerate(call.keywords):
         if keyword.arg is not None and ast.unparse(keyword) != "strict=False":  # Python's own default

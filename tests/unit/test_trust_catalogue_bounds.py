@@ -187,7 +187,7 @@ REFUSED: list[tuple[str, object, str]] = [
     ("feature__enforcement", "none", "feature.enforcement: expected detect-only or ecu-token"),
     ("feature__enforcement", 1, "feature.enforcement"),
     ("feature__loss_in_motion", "harmful", "feature.loss_in_motion: expected harmless or unknown"),
-    ("feature__safety_relevant", True, "feature.safety_relevant: expected false"),
+    ("feature__safety_relevant", True, "feature.safety_relevant: expected false: .*, found True"),
     ("feature__safety_relevant", 0, "feature.safety_relevant: expected true or false, found 0"),
     ("feature__withdrawn", "no", "feature.withdrawn: expected true or false, found 'no'"),
     ("feature__more", 1, "feature.'more': unknown key"),
@@ -250,6 +250,7 @@ REFUSED: list[tuple[str, object, str]] = [
     ("meters", meters(1, when="true"), r"meters\[0\].inputs"),
     ("meters", meters(1, inputs=[]), r"meters\[0\].when"),
     ("meters", meters(1, odometer="V.O"), r"meters\[0\].'odometer': unknown key"),
+    ("meters", meters(1, speed="V.S"), r"meters\[0\].'speed': unknown key"),
     ("meters", meters(1, kind="distance"), r"meters\[0\].odometer: expected text"),
     ("meters", meters(1, dimensions=dimensions(5)), r"meters\[0\].dimensions: expected at most 4 tables"),
     (
@@ -275,6 +276,11 @@ def test_what_is_just_not_allowed_is_refused_by_its_name(name: str, value: objec
     assert feature().kind is ActuatorKind.TOKEN
     with pytest.raises(MalformedError, match=f"feature file [a-z0-9-]*/[0-9]+: .*{words}"):
         feature(**{name: value})
+
+
+def test_a_mask_of_nothing_reads_nothing_back() -> None:
+    with pytest.raises(MalformedError, match="within the mask 0000, which is not 0, found '0000'"):
+        feature(read_back__mask="00 00", read_back__active="00 00")
 
 
 def test_each_value_of_a_dimension_stands_once_and_has_known_keys() -> None:

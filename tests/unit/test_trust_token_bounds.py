@@ -54,9 +54,16 @@ def test_a_token_that_names_another_key_than_its_signer_is_refused() -> None:
         verify(content)
 
 
-@pytest.mark.parametrize("size", [1, 23, 24, 32])
+@pytest.mark.parametrize("size", [1, 12, 13, 14, 23, 24, 32])  # with 12, the payload has 23 bytes
 def test_parameters_of_every_length_of_head_are_verified(size: int) -> None:
     assert verify(token(parameters=bytes(size))).parameters == bytes(size)
+
+
+@pytest.mark.parametrize("size", [23, 24, 25, 128, 255, 256, 257])
+def test_what_is_bound_is_encoded_in_its_shortest_form(size: int) -> None:
+    name = "V" * size
+    content = signer.sign1(PAYLOAD, signer.external(vin=name), signer.KEY_1)
+    assert verify_token(content, signer.KEY_1.public, name, signer.UID).counter == 1
 
 
 @pytest.mark.parametrize("link", [1, 2, 3])
@@ -105,7 +112,7 @@ def test_a_claim_at_its_bound_is_read(name: str, value: object) -> None:
     [
         *(("version", value) for value in (0, 2, b"\x01")),
         *(("feature", value) for value in (0, U16 + 1, "1", [1])),
-        *(("counter", value) for value in (0, U32 + 1)),
+        *(("counter", value) for value in (0, -1, -6, U32 + 1)),
         *(("state", value) for value in (-1, 2)),
         *(("link", value) for value in (0, 4)),
         *(("terms", {number: value}) for number in (1, 2, 3, 8) for value in (-1, U32 + 1)),
@@ -164,6 +171,9 @@ def test_a_token_of_the_longest_length_is_read_to_its_end_and_a_longer_one_is_no
         parts(HEADER, {}, PAYLOAD, SIGNATURE, b""),
         parts(HEADER, {1: 1}, PAYLOAD, SIGNATURE),
         parts(HEADER, [], PAYLOAD, SIGNATURE),
+        parts(HEADER, {}, "p" * 9, SIGNATURE),
+        parts(HEADER, {}, [PAYLOAD], SIGNATURE),
+        parts(HEADER, {}, PAYLOAD, "s" * 64),
         parts(HEADER, {}, PAYLOAD, SIGNATURE[:63]),
         parts(HEADER, {}, PAYLOAD, SIGNATURE + b"\x00"),
         parts(signer.dumps({1: -7, 4: signer.KEY_1.kid}), {}, PAYLOAD, SIGNATURE),
