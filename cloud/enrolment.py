@@ -154,7 +154,7 @@ def device_key(csr_der: bytes) -> EllipticCurvePublicKey:
         request = x509.load_der_x509_csr(csr_der)
         key = request.public_key()
         valid = request.is_signature_valid
-    except (ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature, x509.InvalidVersion) as error:
         raise InvalidRequestError(
             "csr_der", expected="a PKCS #10 request in DER", found=str(error)
         ) from error

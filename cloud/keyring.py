@@ -243,7 +243,7 @@ def _private_key(path: Path) -> object:
 def _certificate(path: Path) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(_read(path))
-    except ValueError as error:
+    except (ValueError, x509.InvalidVersion) as error:
         raise StartError(f"{path}: not a PEM certificate") from error
 
 

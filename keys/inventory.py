@@ -157,7 +157,7 @@ def _key(name: str, path: Path, prefix: str) -> Entry:
 def _certificate(name: str, path: Path, prefix: str) -> Entry:
     try:
         certificate = x509.load_pem_x509_certificate(files.read(path))
-    except ValueError as error:
+    except (ValueError, x509.InvalidVersion) as error:
         raise KeyMaterialError(f"{path}: not a PEM certificate") from error
     encoded = certificate.public_bytes(serialization.Encoding.DER)
     year = certificate.not_valid_after_utc.year

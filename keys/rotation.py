@@ -407,7 +407,7 @@ def _authority(folder: Path, area: str) -> tuple[x509.Certificate, ec.EllipticCu
     try:
         certificate = x509.load_pem_x509_certificate(files.read(folder / area / "ca.crt"))
         key = serialization.load_pem_private_key(files.read(path), None)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise KeyMaterialError(f"{folder / area}: CA key or certificate cannot be read: {error}") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
         raise KeyMaterialError(f"{path}: not the key of {folder / area / 'ca.crt'}")

@@ -12,13 +12,17 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
+from support import cloud_world
 
 from agent.adapters import identity
 from agent.adapters.link import server_roots
 from agent.errors import TrustError
 from agent.model import TlsAnchor
+from cloud import enrolment
+from cloud.errors import InvalidRequestError
 
 NOW_MS = 1_800_000_000_000
+VERSION_1 = bytes.fromhex("02 01 00")  # RFC 2986, section 4.1
 VERSION_3 = bytes.fromhex("A0 03 02 01 02")  # RFC 5280, section 4.1.2.1
 
 
@@ -62,6 +66,16 @@ def test_a_stored_certificate_of_unknown_version_is_named_as_damaged(tmp_path: P
     with pytest.raises(TrustError, match="damaged"):
         identity.load(tmp_path)
     assert path.read_bytes() == pem(changed)
+
+
+def test_a_request_of_unknown_version_is_refused_in_our_words() -> None:
+    der = cloud_world.csr(ec.generate_private_key(ec.SECP256R1()))
+    place = der.index(VERSION_1)
+    changed = der[: place + 2] + b"\x20" + der[place + 3 :]
+    with pytest.raises(x509.InvalidVersion):
+        x509.load_der_x509_csr(changed)
+    with pytest.raises(InvalidRequestError, match="csr_der: expected a PKCS #10 request in DER"):
+        enrolment.device_key(changed)
 
 
 def pem(der: bytes) -> bytes:
