@@ -40,8 +40,8 @@ $(FUZZ_STAMP): $(STAMP) requirements-fuzz.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r requirements-fuzz.lock
 	@touch $@
 
-fuzz: $(FUZZ_STAMP) ## Coverage-guided fuzzing of every parser (SECONDS=60 for each, TARGET=NAME for one, INPUT=FILE)
-	@PYTHONPATH=.:tests $(BIN)/python -m fuzz.run --seconds $(or $(SECONDS),60) $(if $(TARGET),--target $(TARGET)) $(if $(INPUT),--input $(INPUT))
+fuzz: $(FUZZ_STAMP) ## Coverage-guided fuzzing of every parser (SECONDS=60 for each, JOBS=1 at a time, TARGET=NAME, INPUT=FILE)
+	@PYTHONPATH=.:tests $(BIN)/python -m fuzz.run --seconds $(or $(SECONDS),60) --jobs $(or $(JOBS),1) $(if $(TARGET),--target $(TARGET)) $(if $(INPUT),--input $(INPUT))
 
 mutants: $(STAMP) ## Changes that no test notices, in agent/trust/ and the guard (ONLY=FILE, SAMPLE=100)
 	@PYTHONPATH=.:tests $(BIN)/python -m tools.mutants $(if $(ONLY),--only $(ONLY)) $(if $(SAMPLE),--sample $(SAMPLE)) $(ARGS)

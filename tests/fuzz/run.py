@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing of the registered parsers with Atheris (libFuzzer): `make fuzz`.
 
-    python -m fuzz.run [--seconds 60] [--target NAME ...]
+    python -m fuzz.run [--seconds 60] [--jobs 1] [--target NAME ...]
     python -m fuzz.run --target NAME --input FILE
 
 Each target runs in a process of its own, for so many seconds. What its corpus has learned stays in
@@ -20,6 +20,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -119,27 +120,34 @@ def repeat(name: str, path: Path) -> int:
     return 0
 
 
-def run_all(chosen: list[str], seconds: int) -> int:
-    """Fuzzes targets one after the other, each in its own process; returns 1 if there are findings."""
-    found = 0
-    for name in chosen:
-        for folder in ("corpus", "findings"):
-            (WORK / name / folder).mkdir(parents=True, exist_ok=True)
-        before = set((WORK / name / "findings").iterdir())
-        log = WORK / name / "log"
-        code = _run_one(name, seconds, log)
-        text = log.read_text(encoding="utf-8", errors="replace")
-        executed = re.search(r"stat::number_of_executed_units:\s*(\d+)", text)
-        covered = re.findall(r"cov: (\d+)", text)
-        inputs, edges = executed[1] if executed else "?", covered[-1] if covered else "?"
-        print(f"{name:20} {inputs:>9} inputs, {edges:>6} edges, exit {code}", flush=True)
-        findings = sorted(set((WORK / name / "findings").iterdir()) - before)
-        for path in findings:
-            print(f"  finding: make fuzz TARGET={name} INPUT={path.relative_to(ROOT)}")
-        if code and not findings:
-            print(f"  failed without an input; see {log.relative_to(ROOT)}")
-        found += bool(code)
-    return 1 if found else 0
+def run_all(chosen: list[str], seconds: int, jobs: int) -> int:
+    """Fuzzes targets, `jobs` at a time, each in its own process; returns 1 if there are findings."""
+    with ThreadPoolExecutor(jobs) as pool:
+        reports = pool.map(lambda name: _report_of(name, seconds), chosen)
+        failed = 0
+        for code, report in reports:
+            print(report, flush=True)
+            failed += bool(code)
+    return 1 if failed else 0
+
+
+def _report_of(name: str, seconds: int) -> tuple[int, str]:
+    """Fuzzes one target; returns its exit code and what there is to say of it."""
+    for folder in ("corpus", "findings"):
+        (WORK / name / folder).mkdir(parents=True, exist_ok=True)
+    before = set((WORK / name / "findings").iterdir())
+    log = WORK / name / "log"
+    code = _run_one(name, seconds, log)
+    text = log.read_text(encoding="utf-8", errors="replace")
+    executed = re.search(r"stat::number_of_executed_units:\s*(\d+)", text)
+    covered = re.findall(r"cov: (\d+)", text)
+    inputs, edges = executed[1] if executed else "?", covered[-1] if covered else "?"
+    lines = [f"{name:20} {inputs:>9} inputs, {edges:>6} edges, exit {code}"]
+    findings = sorted(set((WORK / name / "findings").iterdir()) - before)
+    lines += [f"  finding: make fuzz TARGET={name} INPUT={path.relative_to(ROOT)}" for path in findings]
+    if code and not findings:
+        lines.append(f"  failed without an input; see {log.relative_to(ROOT)}")
+    return code, "\n".join(lines)
 
 
 def _run_one(name: str, seconds: int, log: Path) -> int:
@@ -158,6 +166,7 @@ def main() -> int:
     """Runs; returns 1 if there are findings."""
     parser = argparse.ArgumentParser(prog="fuzz", description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=int, default=60, help="for each target")
+    parser.add_argument("--jobs", type=int, default=1, help="targets at a time")
     parser.add_argument("--target", action="append", help="all if not given")
     parser.add_argument("--input", type=Path, help="run this file alone")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
@@ -173,7 +182,7 @@ def main() -> int:
     if options.input:
         return repeat(chosen[0], options.input)
     with contextlib.suppress(KeyboardInterrupt):
-        return run_all(chosen, options.seconds)
+        return run_all(chosen, options.seconds, options.jobs)
     return 130
 
 
