@@ -7,12 +7,12 @@ is pure: the same versions, time and keys give the same bytes.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import tomli
 from tuf.api.exceptions import LengthOrHashMismatchError, RepositoryError
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, Targets, Timestamp
 from tuf.api.serialization import DeserializationError
@@ -142,7 +142,7 @@ def needs_fresh(catalogue: Catalogue, keys: OnlineKeys, previous: Fresh | None, 
 
 def _release(path: str, content: bytes) -> Release:
     try:
-        document = tomllib.loads(content.decode())
+        document = tomli.loads(content.decode())
         feature, ecu, actuator = document["feature"], document["ecu"], document["actuator"]
         release = Release(
             path=path,

@@ -11,12 +11,13 @@ import dataclasses
 import enum
 import math
 import re
-import tomllib
 import types
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+
+import tomli
 
 T = TypeVar("T")
 
@@ -91,7 +92,7 @@ def parse(raw: bytes, path: Path, kind: type[T]) -> T:
         raise ConfigError([f"{path}: it has more than {MAX_FILE_BYTES} bytes, the limit"])
     try:
         text = raw.decode("utf-8")
-        document = tomllib.loads(text)
+        document = tomli.loads(text)
     except UnicodeDecodeError as error:
         raise ConfigError([f"{path}: not UTF-8 at byte {error.start}"]) from error
     except (ValueError, RecursionError) as error:  # a number of too many digits is a plain ValueError
@@ -153,7 +154,7 @@ def _lines(text: str) -> dict[str, int]:
 def _parts(name: str) -> list[str]:
     """The parts of a dotted name; a quoted one as TOML reads it."""
     return [
-        next(iter(tomllib.loads(f"{part} = 0"))) if part[0] in "\"'" else part
+        next(iter(tomli.loads(f"{part} = 0"))) if part[0] in "\"'" else part
         for part in re.findall(_PART, name)
     ]
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
+
+import tomli
 
 from agent.errors import MalformedError
 from agent.model import (
@@ -70,7 +71,7 @@ def parse_feature(content: bytes) -> FeatureSpec:
     for line in content.split(b"\n"):
         bounded("feature file, bytes of a line", limit=MAX_LINE_BYTES, found=len(line))
     try:
-        document = tomllib.loads(content.decode("utf-8"))
+        document = tomli.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # bad UTF-8, bad TOML, arrays nested without end
         raise MalformedError(f"feature file: not TOML: {shown(str(error))}") from error
     problems: list[str] = []

@@ -35,7 +35,7 @@ INSTRUMENTED = [
     "firmware_sim",
     "isotp",
     "keys",
-    "tomllib",
+    "tomli",
     "tuf",
 ]
 """Packages whose branches guide the fuzzer."""
