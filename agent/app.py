@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from agent import __version__, boot, importing
 from agent import events as ev
+from agent.adapters.archive import KEY_BYTES, seal
 from agent.adapters.can_bus import CanBus
 from agent.adapters.clock import SystemClock, SystemRandom
 from agent.adapters.identity import Identity
@@ -33,7 +34,7 @@ from agent.adapters.identity import load as load_identity
 from agent.adapters.identity import settle as settle_identity
 from agent.adapters.link import Link, read_ca, server_roots
 from agent.adapters.local_api import ANSWER_S, LocalApi
-from agent.adapters.store import Store
+from agent.adapters.store import KeptRecord, Store
 from agent.adapters.uds import FUNCTIONAL_IDS, UdsClient
 from agent.config import AgentConfig, BusConfig
 from agent.engine import Engine
@@ -217,6 +218,7 @@ class App:
             last_contact_ms=stored.contact_ms,
             token_counters=stored.floors.token_counters,
             log_head=stored.log_head,
+            owner_epoch=stored.floors.owner_epoch,
         )
         self._buses = {b.name: self._make_bus(b) for b in config.buses}
         self._uds = UdsClient(self._guard, self._send_frame, self._clock.monotonic_ns, self._post)
@@ -266,6 +268,7 @@ class App:
         )
         code = 0
         try:
+            self._submit(self._writer, self._seal_former)
             self._step(self._booted)
             for bus in self._buses.values():
                 bus.open()
@@ -373,6 +376,8 @@ class App:
                 self._write(partial(self._store.mark_sent, through_seq), ev.Persisted(number))
             case ev.StoreTrust(number, verdict):
                 done: _Item = ev.Persisted(number)
+                if command.former is not None:
+                    _log.info("the vehicle has a new owner; records of the one before are sealed")
                 if not command.live:
                     done = _Imported(number, verdict, self._imports.popleft())
                 self._write(partial(self._store_trust, command), done)
@@ -439,6 +444,8 @@ class App:
 
     def _store_trust(self, command: ev.StoreTrust) -> None:
         self._keeper.keep(command)
+        if command.former is not None:
+            self._submit(self._writer, self._seal_former)
         self._expires_ms = command.verdict.expires_ms
         self._problems = ()
 
@@ -501,8 +508,21 @@ class App:
         journal_id = self._store.journal_id()
         self._submit(self._worker, partial(self._send_usage, journal_id, records))
 
-    def _send_usage(self, journal_id: str, records: tuple[bytes, ...]) -> None:
-        content = batch(self._identity.source, journal_id, records)
+    def _seal_former(self) -> None:
+        """Seals former owners' records in pieces; what else the disk has to do goes between them."""
+        try:
+            more = self._store.seal_former(seal)
+        except (JournalError, TrustError) as error:
+            _log.error(
+                "records of the former owner are not sealed yet; trying again later", reason=str(error)
+            )
+            return
+        if more:
+            self._submit(self._writer, self._seal_former)
+
+    def _send_usage(self, journal_id: str, records: tuple[KeptRecord, ...]) -> None:
+        sealed = [position for position, record in enumerate(records) if record.is_sealed]
+        content = batch(self._identity.source, journal_id, tuple(r.content for r in records), sealed)
         signed = usage_pb2.SignedUsageBatch(
             batch=content, signature=self._identity.sign(BATCH_DOMAIN + content)
         )
@@ -535,7 +555,8 @@ class App:
                 through_seq=receipt.through_seq,
             )
             return
-        self._store.store_receipt(receipt.through_seq, signed.receipt, signed.signature)
+        self._store.store_receipt(receipt.through_seq, signed.receipt, signed.signature, receipt.archive_key)
+        self._seal_former()
         self._post(ev.ReceiptStored(receipt.through_seq))
         _log.info("signed receipt for usage", through_seq=receipt.through_seq)
 
@@ -553,6 +574,9 @@ class App:
             raise TrustError(
                 f"it is for {receipt.source}/{receipt.journal_id}, expected {'/'.join(expected)}"
             )
+        if len(receipt.archive_key) not in {0, KEY_BYTES}:
+            found = len(receipt.archive_key)
+            raise MalformedError(f"its archive key has {found} bytes, expected {KEY_BYTES}")
         return receipt
 
     # --- cloud -------------------------------------------------------------------------

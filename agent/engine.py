@@ -43,7 +43,7 @@ from agent.model import (
 )
 from agent.signals.state import SignalState
 from agent.trust.clock import TrustedClock
-from agent.trust.grant_log import LogEntry, LogHead, changes, entry
+from agent.trust.grant_log import LogEntry, LogHead, entry, follow
 from agent.trust.terms import judge
 
 IGNITION = "Vehicle.LowVoltageSystemState"
@@ -164,6 +164,7 @@ class Engine:
         self._log_head = LogHead()
         self._log_entries: list[LogEntry] = []
         self._logged = Rights(version=0)
+        self._owner_epoch = 0
         self._token_counters: Mapping[tuple[str, str], int] = {}
         self._after: dict[int, ev.RunEcu] = {}
         self._next_update: TrustBytes | None = None
@@ -270,6 +271,7 @@ class Engine:
         self._contact_ms = event.last_contact_ms
         self._token_counters = event.token_counters
         self._log_head = event.log_head
+        self._owner_epoch = event.owner_epoch
         self._window_due_ns = now_ns + self._window_ns
         self._ledger.restore(
             event.head, event.used, event.windows, same_boot=event.same_boot, now=self._time(now_ns)
@@ -319,19 +321,16 @@ class Engine:
             self._want_nonce()
 
     def _store_trust(self, verdict: Verdict, now_ns: int, *, live: bool) -> None:
-        now, before = self._time(now_ns), self._logged
-        self._log(
-            changes(
-                self._log_head,
-                verdict,
-                now,
-                before=before.entitlements,
-                owner_epoch=before.owner_epoch,
-            )
+        now = self._time(now_ns)
+        entries, former = follow(
+            self._log_head, verdict, now, before=self._logged, owner_epoch=self._owner_epoch
         )
-        self._logged = verdict.rights
+        if former is not None:
+            self._log_entries.clear()  # they are of the former owner, whose log ends here
+        self._log(entries)
+        self._logged, self._owner_epoch = verdict.rights, verdict.rights.owner_epoch
         command = ev.StoreTrust(
-            self._next_number(), verdict, now.unix_ms, verdict.signed_ms, live, self._take_log()
+            self._next_number(), verdict, now.unix_ms, verdict.signed_ms, live, self._take_log(), former
         )
         self._waiting[command.number] = command
         self._out.append(command)

@@ -32,6 +32,7 @@ class Booted:
         last_contact_ms: trusted time of the last signed answer, 0 if none.
         token_counters: highest counter ever seen of each (ECU, feature).
         log_head: where the owner's log ends.
+        owner_epoch: highest ever seen, 0 if none.
     """
 
     verdict: Verdict | None
@@ -43,6 +44,7 @@ class Booted:
     last_contact_ms: int
     token_counters: Mapping[tuple[str, str], int] = field(default_factory=dict)
     log_head: LogHead = LogHead()
+    owner_epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +241,8 @@ class StoreTrust:
         live: it answers a nonce; False for rights that came as a file, which
             are no contact with the cloud.
         entries: of the owner's log, to be written in the same commit.
+        former: the vehicle has a new owner: ids of the rights of the one before,
+            whose records are sealed and whose log ends; None if the owner stays.
     """
 
     number: int
@@ -247,6 +251,7 @@ class StoreTrust:
     signed_ms: int
     live: bool = True
     entries: tuple[LogEntry, ...] = ()
+    former: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from agent.events import StoreTrust
 from agent.metering.ledger import check_conditions
 from agent.model import Rights, TrustBytes, Verdict
 from agent.trust.clock import TrustedClock
+from agent.trust.grant_log import follow
 from agent.trust.verifier import Floors, verify_bundle
 from agent.wire import bounded, trust_update_from_proto
 from openfod.vehicle.v1 import vehicle_service_pb2 as pb
@@ -93,8 +94,12 @@ def import_stored(config: AgentConfig, content: bytes) -> dict[str, object]:
             now_ms=keeper.judged_at_ms(time.now(now_ns).unix_ms),
             floors=start.stored.floors,
         )
-        mark_ms = time.raise_to(verdict.signed_ms, now_ns).now(now_ns).unix_ms
-        keeper.keep(StoreTrust(0, verdict, mark_ms, verdict.signed_ms, live=False))
+        now = time.raise_to(verdict.signed_ms, now_ns).now(now_ns)
+        before = start.verdict.rights if start.verdict else Rights(version=0)
+        entries, former = follow(
+            start.stored.log_head, verdict, now, before=before, owner_epoch=start.stored.floors.owner_epoch
+        )
+        keeper.keep(StoreTrust(0, verdict, now.unix_ms, verdict.signed_ms, False, entries, former))
     finally:
         store.close()
-    return changes(start.verdict.rights if start.verdict else Rights(version=0), verdict)
+    return changes(before, verdict)

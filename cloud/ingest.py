@@ -12,10 +12,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, InvalidTag
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from google.protobuf.message import DecodeError
 
 from cloud.catalogue import Catalogue
@@ -34,7 +37,7 @@ MAX_BATCH_RECORDS = 1_000
 """Most records in one batch."""
 MAX_RECORD_BYTES = 2_048
 """Largest record."""
-MAX_BATCH_BYTES = MAX_BATCH_RECORDS * (MAX_RECORD_BYTES + 16)
+MAX_BATCH_BYTES = MAX_BATCH_RECORDS * (MAX_RECORD_BYTES + 64)
 """Largest serialised batch."""
 MAX_VALUE = 10**12
 """Most units in one window: 31 years in milliseconds, and sums stay exact."""
@@ -55,6 +58,10 @@ BATCH_CONTEXT = b"openfod.usage.batch.v1\x00"
 """What a batch's signature covers before the batch."""
 RECEIPT_CONTEXT = b"openfod.usage.receipt.v1\x00"
 """What a receipt's signature covers before the receipt."""
+SEALED_CONTEXT = b"openfod.usage.sealed.v1\x00"
+"""What a sealed record is bound to, before the journal's identifier."""
+SEALED_EXTRA_BYTES = 48
+"""By how much sealing lengthens a record: an encapsulated X25519 key and a tag."""
 
 _JOURNAL = re.compile(r"[0-9a-f]{16}")
 _GENESIS = bytes(32)
@@ -96,8 +103,18 @@ def units(catalogue: Catalogue) -> Units:
     return found
 
 
+def archive_key(receipt: Ed25519PrivateKey) -> X25519PrivateKey:
+    """The key that opens what vehicles seal of former owners; derived from the one that announces it."""
+    derived = HKDF(hashes.SHA256(), 32, salt=None, info=b"openfod.usage.archive.v1\x00")
+    return X25519PrivateKey.from_private_bytes(derived.derive(receipt.private_bytes_raw()))
+
+
 def verify(
-    signed: usage_pb2.SignedUsageBatch, key: ec.EllipticCurvePublicKey, source: str, units: Units
+    signed: usage_pb2.SignedUsageBatch,
+    key: ec.EllipticCurvePublicKey,
+    source: str,
+    units: Units,
+    archive: X25519PrivateKey,
 ) -> Batch:
     """Verifies a batch as received.
 
@@ -106,6 +123,7 @@ def verify(
         source: pseudonym of the vehicle of that stream.
         units: of the meters that the catalogue knows. Use of another meter is
             kept as it came; no price can name it.
+        archive: opens records of former owners (`archive_key`).
 
     Raises:
         UsageSignatureError: another key signed it, or none.
@@ -138,8 +156,9 @@ def verify(
             f"batch: expected 1 to {MAX_BATCH_RECORDS} records, found {len(batch.records)}"
         )
     rows: list[UsageRow] = []
-    records = [_record(content, source, batch.journal_id, units) for content in batch.records]
-    for content, record in zip(batch.records, records, strict=True):
+    contents = _opened(batch, archive)
+    records = [_record(content, source, batch.journal_id, units) for content in contents]
+    for content, record in zip(contents, records, strict=True):
         if rows and record.seq != rows[-1].seq + 1:
             raise ChainError(f"batch: seq {record.seq} follows {rows[-1].seq}; there must be no hole")
         if rows and record.prev_hash != rows[-1].hash:
@@ -149,6 +168,29 @@ def verify(
         raise ChainError("batch: record 1 must name 32 zero bytes as the hash before it")
     traces = tuple(sorted({record.trace_id for record in records if record.trace_id}))
     return Batch(batch.journal_id, rows, records[0].prev_hash, traces)
+
+
+def _opened(batch: usage_pb2.UsageBatch, archive: X25519PrivateKey) -> list[bytes]:
+    """The records as the journal was written; those of former owners are opened."""
+    contents = list(batch.records)
+    if not batch.sealed:
+        return contents
+    if list(batch.sealed) != sorted(set(batch.sealed)) or batch.sealed[-1] >= len(contents):
+        raise MalformedUsageError("batch: sealed: expected positions of its records, ascending, each once")
+    suite = Suite(KEM.X25519, KDF.HKDF_SHA256, AEAD.CHACHA20_POLY1305)
+    info = SEALED_CONTEXT + batch.journal_id.encode()
+    for position in batch.sealed:
+        size, limit = len(contents[position]), MAX_RECORD_BYTES + SEALED_EXTRA_BYTES
+        if size > limit:
+            raise MalformedUsageError(f"batch: sealed record: {size} bytes, expected at most {limit}")
+        try:
+            contents[position] = suite.decrypt(contents[position], archive, info=info)
+        except (InvalidTag, ValueError) as error:
+            raise MalformedUsageError(
+                f"batch: sealed record at position {position}: not sealed to this cloud's archive key"
+                " for this journal, or changed since"
+            ) from error
+    return contents
 
 
 def claimed_journal(signed: usage_pb2.SignedUsageBatch) -> str:
@@ -264,6 +306,7 @@ def take(tx: Transaction, vin: str, source: str, batch: Batch, key: Ed25519Priva
         through_seq=last,
         head_hash=batch.rows[-1].hash,
         stored_ms=now_ms,
+        archive_key=archive_key(key).public_key().public_bytes_raw(),
     ).SerializeToString(deterministic=True)
     signed = usage_pb2.SignedUsageReceipt(receipt=receipt, signature=key.sign(RECEIPT_CONTEXT + receipt))
     content = signed.SerializeToString(deterministic=True)

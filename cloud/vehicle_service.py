@@ -143,6 +143,7 @@ class VehicleService(vehicle_service_pb2_grpc.VehicleServiceServicer):
     ) -> None:
         self._store, self._rights, self._changes = store, rights, changes
         self._receipt_key, self._units, self._now_ms = receipt_key, units, now_ms
+        self._archive_key = ingest.archive_key(receipt_key)
         self._streams: dict[str, _Stream] = {}
 
     def connected(self, vin: str) -> bool:
@@ -331,7 +332,7 @@ class VehicleService(vehicle_service_pb2_grpc.VehicleServiceServicer):
         try:
             # A full batch takes milliseconds, for which other streams should not wait.
             batch = await asyncio.to_thread(
-                ingest.verify, signed, stream.device.key, stream.source, self._units
+                ingest.verify, signed, stream.device.key, stream.source, self._units, self._archive_key
             )
         except UsageError as error:
             return await self._refuse(stream, signed, error)

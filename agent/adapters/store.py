@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from agent.trust.floors import floors_to_json, read_floors
 from agent.trust.grant_log import LogEntry, LogHead
 from agent.trust.verifier import Floors
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """PRAGMA user_version of the files that this code writes; it brings older ones up to this."""
 
 _TABLES_1 = """
@@ -54,11 +54,32 @@ _TABLES_2 = """
 CREATE TABLE grant_log (seq INTEGER PRIMARY KEY, hash BLOB NOT NULL, content BLOB NOT NULL) STRICT;
 """
 """What version 2 adds to version 1."""
+_TABLES_3 = """
+ALTER TABLE record ADD COLUMN owner INTEGER NOT NULL DEFAULT 0;
+"""
+"""What version 3 adds: whose a record is, one of the numbers below."""
+_PRESENT, _FORMER, _SEALED = 0, 1, 2
+"""A record of the present owner; of a former one, still readable; of a former one, sealed."""
+
+SEAL_RECORDS = 200
+"""Records that are sealed in one transaction: usage must not wait long behind them."""
 
 _NEXT_STEP = (
     "put a backup in its place, or move it and the -wal and -shm files beside it away and start again:"
     " the cloud sends the rights anew, usage that was not sent is lost"
 )
+
+
+@dataclass(frozen=True, slots=True)
+class KeptRecord:
+    """A record of the journal as it is kept.
+
+    Args:
+        content: as written, or sealed, so that only the cloud can read it.
+    """
+
+    content: bytes
+    is_sealed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +130,13 @@ class Store:
         try:
             self._open(journal_id)
             self._journal_id = str(self._get("journal_id", ""))
+            self._log_holds_former = bool(self._former())
             if not self._journal_id:
                 raise JournalError(f"{path} is damaged: it names no journal; {_NEXT_STEP}")
             if journal_id is not None:  # a damaged file was left as it was until here
                 self._read("PRAGMA journal_mode=WAL")
                 self._read("PRAGMA synchronous=FULL")
+                self._read("PRAGMA secure_delete=ON")  # a former owner's data is overwritten
         except (OSError, sqlite3.Error, ValueError, KeyError, TypeError) as error:
             self.close()
             reason = error.strerror if isinstance(error, OSError) else error
@@ -148,7 +171,7 @@ class Store:
             if journal_id is None:
                 self._look_at_a_copy()
             assert self._db is not None
-            _bring_up(self._db)
+            _bring_up(self._db, version)
             if journal_id is None:
                 self._read("PRAGMA query_only=ON")
 
@@ -249,9 +272,28 @@ class Store:
                 _put(db, "contact_ms", command.mark_ms)
             if mark_epoch is not None:
                 _put(db, "mark_epoch", mark_epoch)
+            if command.former is not None:
+                self._end_history(db, command)
             _append_log(db, command.entries)
             # As the clock says it: only a new epoch of the director's keys may set it back.
             _put(db, "mark_ms", command.mark_ms)
+
+    def _end_history(self, db: sqlite3.Connection, command: StoreTrust) -> None:
+        """The vehicle has a new owner: nothing of the one before stays to be read."""
+        self._log_holds_former = True
+        _put(db, "former", sorted(self._former().union(map(_digest, command.former or ()))))
+        db.execute("UPDATE record SET owner = ? WHERE owner = ?", (_FORMER, _PRESENT))
+        kept = {right.entitlement_id for right in command.verdict.rights.entitlements.values()}
+        ended = [(i,) for (i,) in db.execute("SELECT DISTINCT entitlement_id FROM used") if i not in kept]
+        db.executemany("DELETE FROM used WHERE entitlement_id = ?", ended)
+        db.execute("DELETE FROM grant_log")
+
+    def _former(self) -> frozenset[str]:
+        """Digests of former owners' rights, under which a held feature may still be used for a while."""
+        found = self._get("former", [])
+        if not isinstance(found, list):
+            raise TypeError("former owners' rights are not a list")
+        return frozenset(map(str, found))
 
     def _trust(self) -> TrustBytes:
         def repository(name: str) -> RepositoryBytes:
@@ -278,8 +320,13 @@ class Store:
             JournalError: nothing was changed.
         """
         with self._transaction() as db:
+            former = self._former()
             db.executemany(
-                "INSERT INTO record VALUES (?, ?, ?)", [(r.seq, r.hash, r.content) for r in command.records]
+                "INSERT INTO record VALUES (?, ?, ?, ?)",
+                [
+                    (r.seq, r.hash, r.content, _FORMER if _digest(r.entitlement_id) in former else _PRESENT)
+                    for r in command.records
+                ],
             )
             db.execute("DELETE FROM open_window")
             db.executemany(
@@ -289,7 +336,7 @@ class Store:
             db.executemany(
                 "INSERT INTO used VALUES (?, ?, ?)"
                 " ON CONFLICT (entitlement_id, meter_id) DO UPDATE SET amount = excluded.amount",
-                [(e, m, amount) for (e, m), amount in command.used.items()],
+                [(e, m, amount) for (e, m), amount in command.used.items() if _digest(e) not in former],
             )
             _append_log(db, command.entries)
             _put(db, "boot_id", self._boot_id)
@@ -304,17 +351,18 @@ class Store:
         with self._transaction() as db:
             _put(db, "sent_through", max(through_seq, self._number("sent_through")))
 
-    def records(self, first_seq: int, through_seq: int) -> tuple[bytes, ...]:
-        """The records of [first_seq, through_seq], as written.
+    def records(self, first_seq: int, through_seq: int) -> tuple[KeptRecord, ...]:
+        """The records of [first_seq, through_seq], as they are kept.
 
         Raises:
             JournalError: they cannot be read.
         """
         with self._reading():
             rows = self._read(
-                "SELECT content FROM record WHERE seq BETWEEN ? AND ? ORDER BY seq", (first_seq, through_seq)
+                "SELECT content, owner FROM record WHERE seq BETWEEN ? AND ? ORDER BY seq",
+                (first_seq, through_seq),
             )
-        return tuple(content for (content,) in rows)
+        return tuple(KeptRecord(content, owner == _SEALED) for content, owner in rows)
 
     def record_hash(self, seq: int) -> bytes | None:
         """SHA-256 of a record, or None if the journal does not hold it.
@@ -326,14 +374,62 @@ class Store:
             rows = self._read("SELECT hash FROM record WHERE seq = ?", (seq,))
         return bytes(rows[0][0]) if rows else None
 
-    def store_receipt(self, through_seq: int, content: bytes, signature: bytes) -> None:
+    def store_receipt(
+        self, through_seq: int, content: bytes, signature: bytes, archive_key: bytes = b""
+    ) -> None:
         """Keeps a verified receipt of the cloud.
+
+        Args:
+            archive_key: to which former owners' records are sealed; empty: as before.
 
         Raises:
             JournalError: nothing was changed.
         """
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO receipt VALUES (?, ?, ?)", (through_seq, content, signature))
+            if archive_key:
+                _put(db, "archive_key", archive_key.hex())
+
+    def seal_former(self, seal: Callable[[bytes, bytes, str], bytes]) -> bool:
+        """Seals some of what former owners used, as far as the cloud has signed for it.
+
+        What the cloud has not signed for is sent first. Once nothing is left,
+        the write-ahead log, which still holds the readable bytes, is emptied.
+
+        Args:
+            seal: `agent.adapters.archive.seal`.
+
+        Returns:
+            Whether there is more to be sealed now.
+
+        Raises:
+            JournalError: nothing was changed.
+        """
+        with self._reading():
+            key = bytes.fromhex(str(self._get("archive_key", "")))
+            acked = self._read("SELECT max(through_seq) FROM receipt")[0][0] or 0
+            rows = self._read(
+                "SELECT seq, content FROM record WHERE owner = ? AND seq <= ? ORDER BY seq LIMIT ?",
+                (_FORMER, acked, SEAL_RECORDS),
+            )
+        if not rows or not key:
+            self._empty_log()
+            return False
+        sealed = [(seal(content, key, self._journal_id), _SEALED, seq) for seq, content in rows]
+        self._log_holds_former = True
+        with self._transaction() as db:
+            db.executemany("UPDATE record SET content = ?, owner = ? WHERE seq = ?", sealed)
+        if len(rows) == SEAL_RECORDS:
+            return True
+        self._empty_log()
+        return False
+
+    def _empty_log(self) -> None:
+        """Empties the write-ahead log if what a sale has overwritten may still be in it."""
+        if self._log_holds_former:
+            with self._reading():
+                self._read("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._log_holds_former = False
 
     def grant_log(self) -> tuple[bytes, ...]:
         """The entries of the owner's log, as written.
@@ -369,12 +465,12 @@ class Store:
             JournalError: a part cannot be read.
         """
         with self._reading():
-            last = self._read("SELECT seq, hash, content FROM record ORDER BY seq DESC LIMIT 1")
+            last = self._read("SELECT seq, hash, content, owner FROM record ORDER BY seq DESC LIMIT 1")
             acked = self._read("SELECT max(through_seq) FROM receipt")[0][0]
             windows = self._read("SELECT content FROM open_window ORDER BY position")
             used = self._read("SELECT entitlement_id, meter_id, amount FROM used")
-            seq, digest, content = last[0] if last else (0, GENESIS_HASH, None)
-            if content is not None and hashlib.sha256(content).digest() != digest:
+            seq, digest, content, owner = last[0] if last else (0, GENESIS_HASH, b"", _SEALED)
+            if owner != _SEALED and hashlib.sha256(content).digest() != digest:
                 raise ValueError(f"record {seq} does not have the hash that is noted for it")
             return Stored(
                 trust=self._trust(),
@@ -392,6 +488,11 @@ class Store:
             )
 
 
+def _digest(entitlement_id: str) -> str:
+    """Tells a right again without naming it: ids are random, so that nobody can try them all."""
+    return hashlib.sha256(entitlement_id.encode()).hexdigest()
+
+
 def _append_log(db: sqlite3.Connection, entries: tuple[LogEntry, ...]) -> None:
     db.executemany("INSERT INTO grant_log VALUES (?, ?, ?)", [(e.seq, e.hash, e.content) for e in entries])
 
@@ -407,7 +508,7 @@ def _create(path: Path, journal_id: str) -> None:
     with closing(sqlite3.connect(fresh, isolation_level=None)) as db:
         db.execute("PRAGMA synchronous=FULL")
         db.execute("BEGIN")
-        for statement in (_TABLES_1 + _TABLES_2).split(";"):
+        for statement in (_TABLES_1 + _TABLES_2 + _TABLES_3).split(";"):
             db.execute(statement)
         _put(db, "journal_id", journal_id)
         db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
@@ -416,12 +517,12 @@ def _create(path: Path, journal_id: str) -> None:
     sync_folder(path.parent)
 
 
-def _bring_up(db: sqlite3.Connection) -> None:
-    """Brings a file of version 1 up to version 2, in one transaction; closing undoes half a one."""
+def _bring_up(db: sqlite3.Connection, version: int) -> None:
+    """Brings a file of an older version up to this one, in one transaction; closing undoes half a one."""
     db.execute("BEGIN IMMEDIATE")
-    for statement in _TABLES_2.split(";"):
+    for statement in ((_TABLES_2 if version < 2 else "") + _TABLES_3).split(";"):  # noqa: PLR2004
         db.execute(statement)
-    row = db.execute("SELECT content FROM value WHERE name = 'floors'").fetchone()
+    row = db.execute("SELECT content FROM value WHERE name = 'floors'").fetchone() if version == 1 else None
     if row is not None:
         # Version 1 knew no owner epochs, and its mark was of the keys that its floors name.
         floors = read_floors({**json.loads(row[0]), "owner_epoch": 0})

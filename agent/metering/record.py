@@ -8,6 +8,7 @@ those of CloudEvents 1.0 (id, source, subject) and of the design's usage data.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from agent.errors import JournalError
@@ -83,11 +84,16 @@ class Use:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A record as it stands in the journal."""
+    """A record as it stands in the journal.
+
+    Args:
+        entitlement_id: the right that it is of, as its content says.
+    """
 
     seq: int
     content: bytes
     hash: bytes
+    entitlement_id: str = ""
 
 
 def append(head: Head, source: str, use: Use) -> tuple[Head, Record]:
@@ -124,10 +130,16 @@ def append(head: Head, source: str, use: Use) -> tuple[Head, Record]:
     if len(content) > MAX_RECORD_BYTES:
         raise JournalError(f"record {seq} has {len(content)} bytes, expected at most {MAX_RECORD_BYTES}")
     digest = hashlib.sha256(content).digest()
-    return Head(head.journal_id, seq, digest), Record(seq, content, digest)
+    return Head(head.journal_id, seq, digest), Record(seq, content, digest, use.entitlement_id)
 
 
-def batch(source: str, journal_id: str, records: tuple[bytes, ...]) -> bytes:
-    """Serialises a batch; the device signs BATCH_DOMAIN + these bytes."""
-    message = usage_pb2.UsageBatch(source=source, journal_id=journal_id, records=list(records))
+def batch(source: str, journal_id: str, records: tuple[bytes, ...], sealed: Iterable[int] = ()) -> bytes:
+    """Serialises a batch; the device signs BATCH_DOMAIN + these bytes.
+
+    Args:
+        sealed: positions in `records` of those that only the cloud can read.
+    """
+    message = usage_pb2.UsageBatch(
+        source=source, journal_id=journal_id, records=list(records), sealed=sorted(sealed)
+    )
     return message.SerializeToString(deterministic=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from agent.errors import GrantLogError
-from agent.model import Entitlement, Quota, TrustedTime, Verdict
+from agent.model import Entitlement, Quota, Rights, TrustedTime, Verdict
 
 GENESIS = bytes(32)
 """What the first entry names as the hash before it."""
@@ -74,30 +74,44 @@ def entry(head: LogHead, kind: str, now: TrustedTime, facts: Mapping[str, object
     return LogEntry(head.seq + 1, hashlib.sha256(line).digest(), line)
 
 
+def follow(
+    head: LogHead, verdict: Verdict, now: TrustedTime, *, before: Rights, owner_epoch: int
+) -> tuple[tuple[LogEntry, ...], tuple[str, ...] | None]:
+    """The entries for a newly verified set, and whose history ends with it.
+
+    A new owner's log begins anew and names the head of the one before, which
+    the former owner may have exported; it says nothing of their rights.
+
+    Args:
+        before: the set before.
+        owner_epoch: the highest epoch so far, 0 if there was none.
+
+    Returns:
+        The entries, and the ids of the former owner's rights; None if the owner stays.
+    """
+    if not 0 < owner_epoch < verdict.rights.owner_epoch:
+        return changes(head, verdict, now, before=before.entitlements), None
+    ended = {"entries": head.seq, "head": head.hash.hex()}
+    facts = {"epoch": verdict.rights.owner_epoch, "log_before": ended, "signed_by": _signed(verdict)}
+    first = entry(LogHead(), "owner", now, facts)
+    former = tuple(sorted(right.entitlement_id for right in before.entitlements.values()))
+    return (first, *changes(first.head, verdict, now, before={})), former
+
+
 def changes(
-    head: LogHead,
-    verdict: Verdict,
-    now: TrustedTime,
-    *,
-    before: Mapping[str, Entitlement],
-    owner_epoch: int,
+    head: LogHead, verdict: Verdict, now: TrustedTime, *, before: Mapping[str, Entitlement]
 ) -> tuple[LogEntry, ...]:
-    """The entries for a newly verified set, in a fixed order; empty if no right changes.
+    """The entries for a newly verified set of the same owner, in a fixed order; empty if no right changes.
 
     Args:
         before: rights of the set before, by feature.
-        owner_epoch: the epoch of that set, 0 if there was none.
     """
     rights, entries = verdict.rights, list[LogEntry]()
-    signed = {"director": verdict.director.targets, "catalogue": verdict.catalogue.targets}
 
     def add(kind: str, facts: Mapping[str, object]) -> None:
-        entries.append(
-            entry(entries[-1].head if entries else head, kind, now, {**facts, "signed_by": signed})
-        )
+        last = entries[-1].head if entries else head
+        entries.append(entry(last, kind, now, {**facts, "signed_by": _signed(verdict)}))
 
-    if 0 < owner_epoch < rights.owner_epoch:
-        add("owner", {"epoch": rights.owner_epoch})
     after = rights.entitlements
     for feature_id in sorted(before.keys() | after.keys()):
         old, new = before.get(feature_id), after.get(feature_id)
@@ -111,6 +125,10 @@ def changes(
             release = {"release": spec.release if spec else 0}
             add("changed" if is_same else "granted", _facts(new) | release)
     return tuple(entries)
+
+
+def _signed(verdict: Verdict) -> dict[str, int]:
+    return {"director": verdict.director.targets, "catalogue": verdict.catalogue.targets}
 
 
 def terms_in_words(right: Entitlement) -> str:

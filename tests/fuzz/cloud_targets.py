@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 import grpc
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 from fuzz.registry import chosen, register, scratch, target
 from google.protobuf.message import DecodeError
@@ -213,12 +215,18 @@ def device_key() -> ec.EllipticCurvePrivateKey:
 register("csr", enrolment.device_key, InvalidRequestError, lambda: [cloud_world.csr(device_key())])
 
 
+@functools.cache
+def archive() -> X25519PrivateKey:
+    """Opens records of former owners."""
+    return ingest.archive_key(Ed25519PrivateKey.generate())
+
+
 def usage(content: bytes) -> None:
     """A batch of any bytes that the device has signed."""
     signature = device_key().sign(ingest.BATCH_CONTEXT + content, ec.ECDSA(hashes.SHA256()))
     signed = usage_pb2.SignedUsageBatch(batch=content, signature=signature)
     ingest.claimed_journal(signed)
-    ingest.verify(signed, device_key().public_key(), SOURCE, {})
+    ingest.verify(signed, device_key().public_key(), SOURCE, {}, archive())
 
 
 def batches() -> list[bytes]:
@@ -241,7 +249,7 @@ register("usage-record", record, UsageError, lambda: [cloud_world.record(SOURCE,
 register(
     "signed-usage",
     lambda content: ingest.verify(
-        usage_pb2.SignedUsageBatch.FromString(content), device_key().public_key(), SOURCE, {}
+        usage_pb2.SignedUsageBatch.FromString(content), device_key().public_key(), SOURCE, {}, archive()
     ),
     (UsageError, DecodeError),
     lambda: [

@@ -402,10 +402,15 @@ def chain(
 
 
 def signed_batch(
-    key: ec.EllipticCurvePrivateKey, source: str, records: Sequence[bytes], journal_id: str = JOURNAL
+    key: ec.EllipticCurvePrivateKey,
+    source: str,
+    records: Sequence[bytes],
+    journal_id: str = JOURNAL,
+    sealed: Sequence[int] = (),
 ) -> usage_pb2.SignedUsageBatch:
     """A batch as a vehicle signs it."""
-    batch = usage_pb2.UsageBatch(source=source, journal_id=journal_id, records=records).SerializeToString()
+    message = usage_pb2.UsageBatch(source=source, journal_id=journal_id, records=records, sealed=sealed)
+    batch = message.SerializeToString()
     signature = key.sign(b"openfod.usage.batch.v1\x00" + batch, ec.ECDSA(hashes.SHA256()))
     return usage_pb2.SignedUsageBatch(batch=batch, signature=signature)
 

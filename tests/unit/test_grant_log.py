@@ -14,7 +14,16 @@ from support.engine_world import World, entitlement, with_quota
 
 from agent.errors import JournalError
 from agent.model import PlanKind, Quota, Rights, TrustBytes, TrustedTime, Verdict, Versions
-from agent.trust.grant_log import LogEntry, LogHead, changes, entry, summary, terms_in_words, verify_chain
+from agent.trust.grant_log import (
+    LogEntry,
+    LogHead,
+    changes,
+    entry,
+    follow,
+    summary,
+    terms_in_words,
+    verify_chain,
+)
 
 NOW = TrustedTime(1_800_000_000_000, 40, "signed")
 
@@ -33,7 +42,7 @@ def read(entries: tuple[LogEntry, ...]) -> list[dict[str, Any]]:
 
 def test_a_grant_is_noted_with_time_source_versions_plan_and_terms() -> None:
     right = entitlement(1)
-    (found,) = read(changes(LogHead(), verdict(right), NOW, before={}, owner_epoch=0))
+    (found,) = read(changes(LogHead(), verdict(right), NOW, before={}))
     assert found == {
         "seq": 1,
         "previous": bytes(32).hex(),
@@ -54,15 +63,13 @@ def test_a_grant_is_noted_with_time_source_versions_plan_and_terms() -> None:
     )
 
 
-def test_a_change_an_end_a_replacement_and_an_owner_have_entries_and_sameness_has_none() -> None:
+def test_a_change_an_end_and_a_replacement_have_entries_and_sameness_has_none() -> None:
     right = entitlement(1)
     known = {right.feature_id: right}
     longer, other = replace(right, ignition_cycles=300), entitlement(2)
 
-    def kinds(*rights: Any, owner_epoch: int = 1) -> list[tuple[object, object]]:
-        found = changes(
-            LogHead(), verdict(*rights, owner_epoch=owner_epoch), NOW, before=known, owner_epoch=1
-        )
+    def kinds(*rights: Any) -> list[tuple[object, object]]:
+        found = changes(LogHead(), verdict(*rights), NOW, before=known)
         assert verify_chain(e.content for e in found).seq == len(found)
         return [(e["kind"], e.get("entitlement")) for e in read(found)]
 
@@ -70,13 +77,26 @@ def test_a_change_an_end_a_replacement_and_an_owner_have_entries_and_sameness_ha
     assert kinds(longer) == [("changed", right.entitlement_id)]
     assert kinds() == [("ended", right.entitlement_id)]
     assert kinds(other) == [("ended", right.entitlement_id), ("granted", other.entitlement_id)]
-    assert kinds(owner_epoch=2) == [("owner", None), ("ended", right.entitlement_id)]
 
 
-def test_the_first_set_is_no_change_of_owner() -> None:
-    assert changes(LogHead(), verdict(owner_epoch=3), NOW, before={}, owner_epoch=0) == ()
-    (found,) = read(changes(LogHead(), verdict(owner_epoch=3), NOW, before={}, owner_epoch=2))
-    assert summary(found) == "owner 3; director's set 7, catalogue 4"
+def test_a_new_owners_log_begins_anew_and_says_nothing_of_the_rights_before() -> None:
+    right, other = entitlement(1), entitlement(2)
+    before = Rights(6, {right.feature_id: right}, owner_epoch=2)
+    head = LogHead(5, b"\x05" * 32)
+    entries, former = follow(head, verdict(other, owner_epoch=3), NOW, before=before, owner_epoch=2)
+    assert former == (right.entitlement_id,)
+    assert verify_chain(e.content for e in entries) == entries[-1].head
+    owner, granted = read(entries)
+    assert owner["log_before"] == {"entries": 5, "head": head.hash.hex()}
+    assert summary(owner) == "owner 3; director's set 7, catalogue 4"
+    assert (granted["kind"], granted["entitlement"]) == ("granted", other.entitlement_id)
+    assert right.entitlement_id.encode() not in b"".join(e.content for e in entries)
+
+
+def test_the_first_set_and_the_same_owner_are_no_change_of_owner() -> None:
+    head = LogHead(5, b"\x05" * 32)
+    for known in (0, 3):
+        assert follow(head, verdict(owner_epoch=3), NOW, before=Rights(1), owner_epoch=known) == ((), None)
 
 
 def test_an_unknown_uncertainty_is_noted_as_unknown() -> None:
@@ -157,7 +177,7 @@ def test_a_box_that_never_rests_does_not_fill_the_log() -> None:
 
 
 def test_entries_are_written_with_what_they_tell_of_and_read_again(tmp_path: Path) -> None:
-    first = changes(LogHead(), verdict(entitlement(1)), NOW, before={}, owner_epoch=0)
+    first = changes(LogHead(), verdict(entitlement(1)), NOW, before={})
     second = (entry(first[-1].head, "evidence", NOW, {"finding": "f"}),)
     store = open_store(tmp_path / "agent.db")
     store.store_trust(replace(trust(1), entries=first), store.load().floors)

@@ -26,7 +26,7 @@ from support.edge_store import (
     window,
 )
 
-from agent.adapters.store import SCHEMA_VERSION, Store
+from agent.adapters.store import SCHEMA_VERSION, KeptRecord, Store
 from agent.errors import JournalError
 from agent.events import StoreTrust, StoreUsage
 
@@ -121,7 +121,7 @@ def test_record_is_never_rewritten(path: Path) -> None:
     store = open_store(path)
     with pytest.raises(JournalError):
         store.store_usage(usage(7))
-    assert store.records(7, 7) == (record(7).content,)
+    assert store.records(7, 7) == (KeptRecord(record(7).content),)
     assert store.record_hash(7) == record(7).hash
     assert store.record_hash(99) is None
     store.close()

@@ -248,6 +248,7 @@ class UsageBatch(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     JOURNAL_ID_FIELD_NUMBER: _builtins.int
     RECORDS_FIELD_NUMBER: _builtins.int
+    SEALED_FIELD_NUMBER: _builtins.int
     source: _builtins.str
     """The vehicle's pseudonym; set by the agent; signed."""
     journal_id: _builtins.str
@@ -260,16 +261,27 @@ class UsageBatch(_message.Message):
         of at most 2,048 bytes; signed.
         """
 
+    @_builtins.property
+    def sealed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Positions in records, from 0 and ascending, of those that the vehicle
+        cannot read itself any more, because they are of a former owner: the
+        record's bytes sealed by HPKE (RFC 9180, base mode; DHKEM X25519, HKDF
+        SHA-256, ChaCha20Poly1305; enc, then ciphertext) to archive_key of a
+        receipt; info is the ASCII text "openfod.usage.sealed.v1", a zero byte and
+        journal_id; signed.
+        """
+
     def __init__(
         self,
         *,
         source: _builtins.str = ...,
         journal_id: _builtins.str = ...,
         records: _abc.Iterable[_builtins.bytes] | None = ...,
+        sealed: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["journal_id", b"journal_id", "records", b"records", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["journal_id", b"journal_id", "records", b"records", "sealed", b"sealed", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -314,6 +326,7 @@ class UsageReceipt(_message.Message):
     THROUGH_SEQ_FIELD_NUMBER: _builtins.int
     HEAD_HASH_FIELD_NUMBER: _builtins.int
     STORED_MS_FIELD_NUMBER: _builtins.int
+    ARCHIVE_KEY_FIELD_NUMBER: _builtins.int
     source: _builtins.str
     """The vehicle's pseudonym; set by the cloud; signed."""
     journal_id: _builtins.str
@@ -324,6 +337,10 @@ class UsageReceipt(_message.Message):
     """SHA-256 of the record at through_seq; signed."""
     stored_ms: _builtins.int
     """When the cloud stored them, Unix milliseconds; signed."""
+    archive_key: _builtins.bytes
+    """X25519 public key, 32 bytes, to which the vehicle seals what it keeps of a
+    former owner; only the cloud can open it; signed.
+    """
     def __init__(
         self,
         *,
@@ -332,10 +349,11 @@ class UsageReceipt(_message.Message):
         through_seq: _builtins.int = ...,
         head_hash: _builtins.bytes = ...,
         stored_ms: _builtins.int = ...,
+        archive_key: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["head_hash", b"head_hash", "journal_id", b"journal_id", "source", b"source", "stored_ms", b"stored_ms", "through_seq", b"through_seq"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["archive_key", b"archive_key", "head_hash", b"head_hash", "journal_id", b"journal_id", "source", b"source", "stored_ms", b"stored_ms", "through_seq", b"through_seq"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
