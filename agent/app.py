@@ -33,7 +33,7 @@ from agent.adapters.identity import Identity
 from agent.adapters.identity import load as load_identity
 from agent.adapters.identity import settle as settle_identity
 from agent.adapters.link import Link, read_ca, server_roots
-from agent.adapters.local_api import ANSWER_S, LocalApi
+from agent.adapters.local_api import ANSWER_S, IMPORT_S, LocalApi
 from agent.adapters.store import KeptRecord, Store
 from agent.adapters.uds import FUNCTIONAL_IDS, UdsClient
 from agent.config import AgentConfig, BusConfig
@@ -668,7 +668,7 @@ class App:
         """Takes a file of rights; called in a thread of the local interface."""
         answer: Future[dict[str, object]] = Future()
         self._queue.put(_Import(content, answer))
-        return answer.result(timeout=ANSWER_S)
+        return answer.result(timeout=IMPORT_S)
 
     def _shut_down(self, api: LocalApi) -> None:
         api.close()

@@ -168,7 +168,7 @@ class Engine:
         self._token_counters: Mapping[tuple[str, str], int] = {}
         self._after: dict[int, ev.RunEcu] = {}
         self._next_update: TrustBytes | None = None
-        self._verifying = False
+        self._judged: tuple[tuple[bytes, int], ...] | None = None
         self._nonce_wanted = self._nonce_asked = False
         self._nonces_made_ns: deque[int] = deque(maxlen=NONCE_BURST)
         self._checkpoint_due_ns = 0
@@ -243,7 +243,7 @@ class Engine:
                 self._store_trust(verdict, now_ns, live=False)
             case ev.UpdateRefused(kind, reason, verified):
                 if verified:  # else another one may still be with the worker
-                    self._verifying = False
+                    self._judged = None
                 self._refused(kind, reason)
             case ev.Persisted(number):
                 self._persisted(number, now_ns)
@@ -306,10 +306,11 @@ class Engine:
         self._nonce_wanted = True
 
     def _verified(self, event: ev.UpdateVerified, now_ns: int) -> None:
-        self._verifying = False
-        sent_ns = next((t for n, t in self._nonces if n == event.nonce), None)
+        # Taken even if the link has ended meanwhile: the worker builds the next answer on this one.
+        judged, self._judged = self._judged or (), None
+        sent_ns = next((t for n, t in (*judged, *self._nonces) if n == event.nonce), None)
         if sent_ns is None:
-            self._refused("ReplayError", "the link ended while its answer was verified; asking again")
+            self._refused("ReplayError", "a verified answer to a nonce that is not known here; asking again")
             return
         self._nonces = [(n, t) for n, t in self._nonces if t > sent_ns]
         self._clock = self._clock.observe_signed(
@@ -862,8 +863,8 @@ class Engine:
     def _send(self, now_ns: int) -> None:
         if not self._link:
             return
-        if self._next_update is not None and not self._verifying:
-            update, self._next_update, self._verifying = self._next_update, None, True
+        if self._next_update is not None and self._judged is None:
+            update, self._next_update, self._judged = self._next_update, None, tuple(self._nonces)
             nonces = tuple(nonce for nonce, _ in reversed(self._nonces))
             self._out.append(ev.Verify(update, nonces, self._time(now_ns).unix_ms))
         made_ns = self._nonces_made_ns

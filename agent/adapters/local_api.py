@@ -29,6 +29,8 @@ MAX_SOCKET_PATH = 100
 """Longest path of a Unix socket that every system takes (108 less the end)."""
 ANSWER_S = 5.0
 """Longest wait for an answer, and for each piece of a request."""
+IMPORT_S = 60.0
+"""Longest wait until a file of rights is verified and on disk, behind what the disk has to do before."""
 MAX_CLIENTS = 32
 """Clients served at once; one more is turned away."""
 MAX_ANSWER_BYTES = 4_194_304
@@ -95,7 +97,8 @@ class _Handler(BaseHTTPRequestHandler):
             if not self._is_owner():
                 self._answer(403, {"error": "only the owner of the socket may bring rights"})
             elif len(content) == int(length):
-                self._answer_with(lambda: self.server.take(content))
+                late = "the file may still be taken: look at fod-agent status, or bring it again"
+                self._answer_with(lambda: self.server.take(content), IMPORT_S, f"; {late}")
 
     def _is_owner(self) -> bool:
         """Whether the other side is this agent's own user, or root (unix(7), SO_PEERCRED)."""
@@ -104,11 +107,13 @@ class _Handler(BaseHTTPRequestHandler):
         _, uid, _ = struct.unpack("3i", credentials)
         return uid in {0, os.geteuid()}
 
-    def _answer_with(self, make: Callable[[], dict[str, object]]) -> None:
+    def _answer_with(
+        self, make: Callable[[], dict[str, object]], limit_s: float = ANSWER_S, late: str = ""
+    ) -> None:
         try:
             self._answer(200, make())
         except TimeoutError:
-            self._answer(503, {"error": f"the agent did not answer within {ANSWER_S:.0f} s"})
+            self._answer(503, {"error": f"the agent did not answer within {limit_s:.0f} s{late}"})
         except AgentError as error:
             self._answer(422, {"error": error.kind, "reason": str(error)})
 
@@ -180,13 +185,13 @@ class LocalApi:
 
 
 class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=ANSWER_S)
+    def __init__(self, path: Path, timeout_s: float) -> None:
+        super().__init__("localhost", timeout=timeout_s)
         self._unix_path = path
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(ANSWER_S)
+        self.sock.settimeout(self.timeout)
         self.sock.connect(str(self._unix_path))
 
 
@@ -197,7 +202,7 @@ def ask(path: Path, resource: str = STATUS) -> dict[str, object]:
         NotRunningError: none is running there.
         TransportError: it did not answer.
     """
-    status, content = _exchange(path, "GET", resource, None)
+    status, content = _exchange(path, "GET", resource, None, 2 * ANSWER_S)
     if status != http.client.OK:
         raise TransportError(f"the agent at {path} answered {status}: {content}")
     return content
@@ -212,14 +217,16 @@ def bring(path: Path, content: bytes) -> dict[str, object]:
         NotRunningError: none is running there.
         TransportError: it did not answer.
     """
-    status, answer = _exchange(path, "POST", IMPORT, content)
+    status, answer = _exchange(path, "POST", IMPORT, content, 2 * IMPORT_S)
     if status not in {http.client.OK, http.client.UNPROCESSABLE_ENTITY}:
         raise TransportError(f"the agent at {path} answered {status}: {answer}")
     return answer
 
 
-def _exchange(path: Path, method: str, resource: str, body: bytes | None) -> tuple[int, dict[str, object]]:
-    connection = _UnixConnection(path)
+def _exchange(
+    path: Path, method: str, resource: str, body: bytes | None, timeout_s: float
+) -> tuple[int, dict[str, object]]:
+    connection = _UnixConnection(path, timeout_s)
     try:
         try:
             connection.connect()

@@ -61,6 +61,8 @@ ALTER TABLE record ADD COLUMN owner INTEGER NOT NULL DEFAULT 0;
 _PRESENT, _FORMER, _SEALED = 0, 1, 2
 """A record of the present owner; of a former one, still readable; of a former one, sealed."""
 
+MAX_NUMBER = 2**63 - 1
+"""Largest number that a store holds."""
 SEAL_RECORDS = 200
 """Records that are sealed in one transaction: usage must not wait long behind them."""
 
@@ -232,7 +234,12 @@ class Store:
 
     def _get(self, name: str, default: object) -> object:
         rows = self._read("SELECT content FROM value WHERE name = ?", (name,))
-        return json.loads(rows[0][0]) if rows else default
+        if not rows:
+            return default
+        content, _, digest = bytes(rows[0][0]).rpartition(b"\n")
+        if digest != _value_digest(name, content):
+            raise ValueError(f"value {name} does not have the checksum that is noted for it")
+        return json.loads(content)
 
     def _number(self, name: str) -> int:
         return _int(self._get(name, 0))
@@ -522,21 +529,28 @@ def _bring_up(db: sqlite3.Connection, version: int) -> None:
     db.execute("BEGIN IMMEDIATE")
     for statement in ((_TABLES_2 if version < 2 else "") + _TABLES_3).split(";"):  # noqa: PLR2004
         db.execute(statement)
-    row = db.execute("SELECT content FROM value WHERE name = 'floors'").fetchone() if version == 1 else None
-    if row is not None:
+    values = {name: json.loads(content) for name, content in db.execute("SELECT name, content FROM value")}
+    if version == 1 and "floors" in values:
         # Version 1 knew no owner epochs, and its mark was of the keys that its floors name.
-        floors = read_floors({**json.loads(row[0]), "owner_epoch": 0})
-        _put(db, "floors", floors_to_json(floors))
-        _put(db, "mark_epoch", floors.director_epoch)
+        floors = read_floors({**values["floors"], "owner_epoch": 0})
+        values |= {"floors": floors_to_json(floors), "mark_epoch": floors.director_epoch}
+    for name, content in values.items():  # before version 3 they had no checksum
+        _put(db, name, content)
     db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
     db.execute("COMMIT")
 
 
 def _put(db: sqlite3.Connection, name: str, content: object) -> None:
+    line = json.dumps(content).encode()
     db.execute(
         "INSERT INTO value VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET content = excluded.content",
-        (name, json.dumps(content).encode()),
+        (name, line + b"\n" + _value_digest(name, line)),
     )
+
+
+def _value_digest(name: str, content: bytes) -> bytes:
+    """Eight bytes in hex: a flipped bit in a time mark could hold every update off, or let an old one in."""
+    return hashlib.sha256(name.encode() + b"\x00" + content).hexdigest()[:16].encode()
 
 
 def _window_to_json(window: OpenWindow) -> dict[str, object]:
@@ -580,6 +594,6 @@ def _window_from_json(content: dict[str, object]) -> OpenWindow:
 
 
 def _int(value: object) -> int:
-    if type(value) is not int:
-        raise TypeError(f"expected a whole number, found {value!r}")
+    if type(value) is not int or not -MAX_NUMBER - 1 <= value <= MAX_NUMBER:
+        raise TypeError(f"expected a whole number up to {MAX_NUMBER}, found {value!r}")
     return value

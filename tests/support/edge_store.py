@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import sqlite3
 from collections.abc import Iterator
@@ -25,6 +26,13 @@ BOOT, JOURNAL = "boot-1", "00112233445566aa"
 def open_store(path: Path, *, boot_id: str = BOOT) -> Store:
     """Opens a store."""
     return Store(path, boot_id=boot_id, journal_id=JOURNAL)
+
+
+def value(name: str, content: object) -> bytes:
+    """A named value as the file holds it, with its checksum."""
+    line = json.dumps(content).encode()
+    digest = hashlib.sha256(name.encode() + b"\x00" + line).hexdigest()[:16]
+    return line + b"\n" + digest.encode()
 
 
 def record(seq: int) -> Record:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from support.engine_world import INFOS, World, entitlement, with_quota
+from support.engine_world import EPOCH_MS, INFOS, World, entitlement, with_quota
 
 from agent import events as ev
 from agent.engine import Engine
@@ -271,3 +271,28 @@ def test_a_signal_that_no_bus_brings_is_named(world: World) -> None:
     )
     warnings = [c.fields["signals"] for c in said if isinstance(c, ev.Say) and c.level == "warning"]
     assert warnings == [["Vehicle.Speed"]]
+
+
+def test_a_genuine_answer_counts_even_if_the_link_is_cut_while_it_is_verified(world: World) -> None:
+    """The worker builds on it: a new epoch of keys that the engine dropped would be undone no more."""
+    world.cloud.grant(entitlement(1))
+    stolen_ms = 4_100_000_000_000  # a stolen key signed 2099
+    engine = Engine(
+        source="veh-0123456789abcdef",
+        clock=TrustedClock(mark_ms=stolen_ms, build_ms=1, monotonic_ns=0),
+        infos=INFOS,
+        checkpoint_ns=10**9,
+        window_ns=10**10,
+    )
+    engine.step(ev.Booted(None, Head("0" * 16), 0, (), same_boot=True, used={}, last_contact_ms=0), 1)
+    engine.step(ev.LinkUp(), 2)
+    engine.step(ev.NonceMade(bytes(16)), 3)
+    assert any(isinstance(c, ev.Verify) for c in engine.step(ev.UpdateArrived(TrustBytes()), 4))
+    engine.step(ev.LinkDown("cut"), 5)
+    verdict = Verdict(TrustBytes(), Versions(1, 1, 1, 1), Versions(), world.cloud.rights[2], EPOCH_MS)
+    told = engine.step(ev.UpdateVerified(verdict, bytes(16), 6, new_epoch=True), 7)
+    assert [c.verdict for c in told if isinstance(c, ev.StoreTrust)] == [verdict]
+    assert engine.trusted_time(7).unix_ms == EPOCH_MS
+    # It is taken once: the nonce is spent.
+    told = engine.step(ev.UpdateVerified(verdict, bytes(16), 8), 9)
+    assert not any(isinstance(c, ev.StoreTrust) for c in told)

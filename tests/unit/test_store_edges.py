@@ -23,6 +23,7 @@ from support.edge_store import (
     trust,
     trust_bytes,
     usage,
+    value,
     window,
 )
 
@@ -273,12 +274,18 @@ def test_newer_schema_is_refused(path: Path) -> None:
         ("UPDATE open_window SET content = ?", "[]"),
         ("UPDATE open_window SET content = ?", "not JSON"),
         ("UPDATE open_window SET content = ?", json.dumps({"totals": 5})),
-        ("UPDATE value SET content = ? WHERE name = 'floors'", b"[1]"),
-        ("UPDATE value SET content = ? WHERE name = 'floors'", b'{"director": [1, 2, 3, 4]}'),
+        ("UPDATE value SET content = ? WHERE name = 'floors'", value("floors", [1])),
+        ("UPDATE value SET content = ? WHERE name = 'floors'", value("floors", {"director": [1, 2, 3, 4]})),
         ("UPDATE value SET content = ? WHERE name = 'floors'", b"\xff\xfe"),
-        ("UPDATE value SET content = ? WHERE name = 'mark_ms'", b'"late"'),
-        ("UPDATE value SET content = ? WHERE name = 'mark_ms'", b"true"),
-        ("UPDATE value SET content = ? WHERE name = 'as_of_ms'", b"1.5"),
+        ("UPDATE value SET content = ? WHERE name = 'mark_ms'", value("mark_ms", "late")),
+        ("UPDATE value SET content = ? WHERE name = 'mark_ms'", value("mark_ms", True)),
+        ("UPDATE value SET content = ? WHERE name = 'mark_ms'", value("mark_ms", 2**63)),
+        ("UPDATE value SET content = ? WHERE name = 'mark_ms'", value("contact_ms", 1000)),
+        (
+            "UPDATE value SET content = ? WHERE name = 'mark_ms'",
+            value("mark_ms", 1000).replace(b"1", b"3", 1),
+        ),
+        ("UPDATE value SET content = ? WHERE name = 'as_of_ms'", value("as_of_ms", 1.5)),
         ("UPDATE metadata SET role = ? WHERE role = 'targets'", "unknown"),
     ],
 )
