@@ -113,7 +113,10 @@ _PART = r"""(?:[A-Za-z0-9_-]+|"(?:[^"\\]|\\.)*"|'[^']*')"""
 _NAME = rf"{_PART}(?:[ \t]*\.[ \t]*{_PART})*"
 _HEADER = re.compile(rf"[ \t]*(\[\[?)[ \t]*({_NAME})[ \t]*\]")
 _KEY = re.compile(rf"[ \t]*({_NAME})[ \t]*=")
-_LONG_TEXT = re.compile(r'"""[\s\S]*?"""' + r"|'''[\s\S]*?'''")
+# Texts of several lines and comments; short texts are found too, because either may stand in one.
+_NO_KEYS = re.compile(
+    r'"""(?:\\[\s\S]|[^\\])*?"{3,5}' + r"|'''[\s\S]*?'{3,5}" + r'|"(?:[^"\\\n]|\\.)*"' + r"|'[^'\n]*'|#[^\n]*"
+)
 
 
 def _lines(text: str) -> dict[str, int]:
@@ -131,8 +134,12 @@ def _lines(text: str) -> dict[str, int]:
                 name = f"{name}[{counts[name]}]"
         return name
 
-    # What stands in a text of several lines is no key; its lines still count.
-    blank = _LONG_TEXT.sub(lambda match: "\n" * match[0].count("\n"), text)
+    def blanked(match: re.Match[str]) -> str:
+        is_short_text = match[0][0] in "\"'" and match[0][:3] not in {'"""', "'''"}
+        return match[0] if is_short_text else "\n" * match[0].count("\n")
+
+    # What stands in a text of several lines or a comment is no key; its lines still count.
+    blank = _NO_KEYS.sub(blanked, text)
     for number, line in enumerate(blank.split("\n"), start=1):
         if header := _HEADER.match(line):
             parts = _parts(header[2])

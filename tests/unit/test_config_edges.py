@@ -109,6 +109,12 @@ def test_all_problems_come_at_once_with_their_lines(end: str) -> None:
             '[notes]\na = """\nalive = 1\n[trunk]\n"""\n[trunk]\nname = 1',
             ":7: trunk.name: expected a text, found 1",
         ),
+        # Quotes in a comment open no text, and a comment's sign in a text is none.
+        ('# """\nalive = 3 # """\n', ":2: alive: expected true or false, found 3"),
+        ('# """""\n# ""\n# """"\\p"=""""\nalive = 3', ":4: alive: expected true or false, found 3"),
+        ("# '''\nalive = 3\n# '''", ":2: alive: expected true or false, found 3"),
+        ('[notes]\na = "#"\nb = 1', ":3: notes.b: expected a text, found 1"),
+        ('[notes]\na = """#\\""""""\nb = 1', ":3: notes.b: expected a text, found 1"),
         ("# \u2028 \u0085 \nalive = 3", ":2: alive: expected true or false, found 3"),
         ("colour = ['red']", ":1: colour: expected one of red, blue; found ['red']"),
         ("\n[trunk]\nname='a'\nweight = " + "9" * 400, ":4: trunk.weight: expected a number, found inf"),
