@@ -61,6 +61,10 @@ TRUST_TESTS = (
     "tests/attacks/test_clock_*.py",
     "tests/attacks/test_disk_*.py",
     "tests/attacks/test_import_*.py",
+    "tests/attacks/test_former_owner.py",
+    "tests/*/test_expiry.py",
+    "tests/*/test_floors.py",
+    "tests/*/test_grant_log*.py",
     "tests/vectors/test_agent_token_vectors.py",
     "tests/vectors/test_catalogue_vectors.py",
 )
