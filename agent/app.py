@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from agent import __version__, boot, importing
 from agent import events as ev
 from agent.adapters.archive import KEY_BYTES, seal
+from agent.adapters.bus import CAN_EFF_FLAG
 from agent.adapters.can_bus import CanBus
 from agent.adapters.clock import SystemClock, SystemRandom
 from agent.adapters.identity import Identity
@@ -325,7 +326,8 @@ class App:
 
     def _take_frames(self, frames: list[Frame]) -> None:
         for frame in frames:
-            self._collector.feed(frame)
+            flags = CAN_EFF_FLAG if frame.is_extended else 0
+            self._collector.feed(frame.bus, [(frame.can_id | flags, frame.data, frame.monotonic_ns)])
             self._uds.on_frame(frame)
         self._step(ev.SignalsArrived(self._collector.drain()))
 

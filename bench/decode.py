@@ -7,6 +7,7 @@ import statistics
 import time
 from pathlib import Path
 
+from agent.adapters.bus import RawFrame
 from agent.adapters.can_bus import replay_log
 from agent.signals.database import load as load_database
 from agent.signals.mapping import MappingEntry
@@ -33,12 +34,12 @@ def main() -> None:
     plan = DecodePlan.compile(database, entries, "b", [e.vss for e in entries])
     by_id = {m.frame_id: m for m in database.messages.values()}
     frames = [f for f in replay_log(LOG, "b") if f.can_id in by_id]
+    raw = [RawFrame(f.can_id, f.data, f.monotonic_ns) for f in frames]
     ours, theirs = [], []
     for _ in range(ROUNDS):
         collector = Collector([plan])
         begun = time.process_time()
-        for frame in frames:
-            collector.feed(frame)
+        collector.feed("b", raw)
         ours.append(time.process_time() - begun)
         begun = time.process_time()
         for frame in frames:

@@ -13,10 +13,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Final
 
 from agent.errors import DatabaseError
-from agent.model import Frame, SignalBatch, SignalChange, SignalInfo, SignalValue
-from agent.signals.plan import DecodePlan, FrameKey, MessagePlan
+from agent.model import SignalBatch, SignalChange, SignalInfo, SignalValue
+from agent.signals.plan import DecodePlan, MessagePlan
+
+_CAN_EFF_FLAG: Final = 0x8000_0000  # include/uapi/linux/can.h
 
 
 @dataclass(slots=True)
@@ -57,27 +60,37 @@ class Collector:
         Raises:
             DatabaseError: two buses bring the same VSS signal.
         """
-        self._messages: dict[str, dict[FrameKey, _MessageState]] = {}
+        self._messages: dict[str, dict[int, _MessageState]] = {}
         infos: dict[str, SignalInfo] = {}
         for plan in plans:
             if twice := sorted(set(infos) & set(plan.infos)):
                 raise DatabaseError(f"bus {plan.bus_name}: {', '.join(twice)} come from another bus already")
             infos |= plan.infos
-            states = {key: _MessageState(message) for key, message in plan.messages.items()}
+            states = {
+                can_id | (_CAN_EFF_FLAG if extended else 0): _MessageState(message)
+                for (can_id, extended), message in plan.messages.items()
+            }
             self._messages.setdefault(plan.bus_name, {}).update(states)
         self.infos: Mapping[str, SignalInfo] = MappingProxyType(infos)
         self._values: dict[str, SignalValue] = {}
         self._seen_ns: dict[str, int] = {}
         self._changes: list[SignalChange] = []
 
-    def feed(self, frame: Frame) -> None:
-        """Takes one frame; frames of a bus come in the order of their times."""
-        state = self._messages.get(frame.bus, {}).get((frame.can_id, frame.is_extended))
-        if state is None or not _is_usable(state, frame.data):
-            return
+    def feed(self, bus: str, frames: Iterable[tuple[int, bytes, int]]) -> None:
+        """Takes frames of one bus in the order of their times.
+
+        Args:
+            frames: (`can_id` with the kernel's flags, data, monotonic nanoseconds).
+        """
+        states = self._messages.get(bus, {})
+        for can_id, data, at_ns in frames:
+            state = states.get(can_id)
+            if state is not None and _is_usable(state, data):
+                self._decode(state, data, at_ns)
+
+    def _decode(self, state: _MessageState, data: bytes, at_ns: int) -> None:
         plan = state.plan
-        at_ns = frame.monotonic_ns
-        payload = frame.data[: plan.length]
+        payload = data[: plan.length]
         little = int.from_bytes(payload, "little")
         masked = little & plan.mask
         if masked == state.masked:

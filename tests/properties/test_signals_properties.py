@@ -8,7 +8,7 @@ from pathlib import Path
 import cantools.database
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.signals_data import SIMULATED_DBC, SMALL_DBC, map_all, simulated_database, small_database
+from support.signals_data import SIMULATED_DBC, SMALL_DBC, feed, map_all, simulated_database, small_database
 
 from agent.errors import DatabaseError
 from agent.model import Frame, SignalValue
@@ -56,7 +56,7 @@ def test_no_change_is_missed_and_none_is_made_up(payloads: list[tuple[bool, byte
     seen: dict[str, int] = {}
     for at_ns, (first, payload) in enumerate(payloads):
         message = small if first else selected
-        collector.feed(Frame("b", message.key[0], payload, at_ns, message.key[1]))
+        feed(collector, Frame("b", message.key[0], payload, at_ns, message.key[1]))
         batch = collector.drain()
         expected = {}
         if len(payload) >= message.length:
@@ -80,7 +80,7 @@ def test_any_frame_is_taken_without_an_error(payloads: list[bytes], can_id: int)
     for payload in payloads:
         for identifier in (can_id, *(key[0] for key in plan.can_ids)):
             for extended in (False, True):
-                collector.feed(Frame("b", identifier, payload, is_extended=extended))
+                feed(collector, Frame("b", identifier, payload, is_extended=extended))
     collector.drain()
 
 

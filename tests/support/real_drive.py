@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from support.signals_data import REPOSITORY
+from support.signals_data import REPOSITORY, feed
 
 from agent import events as ev
 from agent.engine import Engine
@@ -145,7 +145,7 @@ class Drive:
             self.wait_until(frame.monotonic_ns)
             if self._window_ends_ns is None:
                 self._window_ends_ns = frame.monotonic_ns + WINDOW_NS
-            self._collector.feed(frame)
+            feed(self._collector, frame)
 
     def wait_until(self, now_ns: int) -> None:
         """Lets time pass; a frame at `now_ns` itself is still to come."""

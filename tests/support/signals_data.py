@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from agent.adapters.bus import CAN_EFF_FLAG, RawFrame
+from agent.model import Frame
 from agent.signals.database import SignalDatabase, load, parse
 from agent.signals.mapping import Check, MappingEntry
+from agent.signals.state import Collector
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SIMULATED_DBC = REPOSITORY / "firmware_sim" / "data" / "openfod_sim.dbc"
@@ -54,6 +57,12 @@ def small_database() -> SignalDatabase:
 def simulated_database() -> SignalDatabase:
     """The database of the simulated vehicle."""
     return load(SIMULATED_DBC)
+
+
+def feed(collector: Collector, frame: Frame) -> None:
+    """Gives a collector one frame as a bus adapter brings it."""
+    flags = CAN_EFF_FLAG if frame.is_extended else 0
+    collector.feed(frame.bus, [RawFrame(frame.can_id | flags, frame.data, frame.monotonic_ns)])
 
 
 def map_all(database: SignalDatabase, *, text: bool = False) -> list[MappingEntry]:

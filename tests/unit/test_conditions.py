@@ -7,7 +7,7 @@ import sys
 import tomllib
 
 import pytest
-from support.signals_data import REPOSITORY, entry, small_database
+from support.signals_data import REPOSITORY, entry, feed, small_database
 
 from agent.errors import ConditionError
 from agent.features.conditions import MAX_DEPTH, MAX_EXPRESSION_CHARS, MAX_INPUTS, Condition
@@ -160,7 +160,7 @@ def test_a_stale_signal_never_makes_a_condition_true() -> None:
         return condition.evaluate({SPEED: state.value(SPEED, now_ns)})
 
     assert evaluated(stands, 0) is None
-    collector.feed(Frame("b", 256, bytes(8), monotonic_ns=1_000_000))
+    feed(collector, Frame("b", 256, bytes(8), monotonic_ns=1_000_000))
     state.apply(collector.drain())
     assert evaluated(stands, 500_999_999) is True
     assert evaluated(stands, 501_000_000) is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 import pytest
-from support.signals_data import data_file, entry, map_all, simulated_database, small_database
+from support.signals_data import data_file, entry, feed, map_all, simulated_database, small_database
 
 from agent.adapters.can_bus import replay_log
 from agent.errors import DatabaseError
@@ -34,7 +34,7 @@ def speeds(raw: int, at_ms: int, *, state: int = 0, rest: bytes = b"\0\0\0") -> 
 
 def test_the_first_value_has_no_time_before_it() -> None:
     collector = small_collector(SPEED)
-    collector.feed(speeds(100, 10))
+    feed(collector, speeds(100, 10))
     batch = collector.drain()
     assert batch.changes == (SignalChange("Vehicle.Speed", 1.0, 10 * MS, None),)
     assert batch.seen_ns == {"Vehicle.Speed": 10 * MS}
@@ -43,7 +43,7 @@ def test_the_first_value_has_no_time_before_it() -> None:
 def test_a_change_lies_between_the_frame_before_and_its_own() -> None:
     collector = small_collector(SPEED)
     for at_ms, raw in ((10, 100), (30, 100), (50, 200), (70, 300)):
-        collector.feed(speeds(raw, at_ms))
+        feed(collector, speeds(raw, at_ms))
     changes = collector.drain().changes
     assert [(c.value, c.at_ns, c.previous_seen_ns) for c in changes[1:]] == [
         (2.0, 50 * MS, 30 * MS),
@@ -53,9 +53,9 @@ def test_a_change_lies_between_the_frame_before_and_its_own() -> None:
 
 def test_other_bits_change_nothing_but_keep_the_value_alive() -> None:
     collector = small_collector(SPEED)
-    collector.feed(speeds(100, 10))
+    feed(collector, speeds(100, 10))
     collector.drain()
-    collector.feed(speeds(100, 20, rest=b"\x01\x02\x03"))
+    feed(collector, speeds(100, 20, rest=b"\x01\x02\x03"))
     batch = collector.drain()
     assert batch.changes == ()
     assert batch.seen_ns == {"Vehicle.Speed": 20 * MS}
@@ -63,16 +63,16 @@ def test_other_bits_change_nothing_but_keep_the_value_alive() -> None:
 
 def test_a_batch_does_not_change_after_it_was_drained() -> None:
     collector = small_collector(SPEED)
-    collector.feed(speeds(100, 10))
+    feed(collector, speeds(100, 10))
     batch = collector.drain()
-    collector.feed(speeds(200, 20))
+    feed(collector, speeds(200, 20))
     assert batch.seen_ns == {"Vehicle.Speed": 10 * MS}
     assert len(batch.changes) == 1
 
 
 def test_a_short_frame_is_counted_and_brings_nothing() -> None:
     collector = small_collector(SPEED)
-    collector.feed(Frame(bus="b", can_id=256, data=b"\x01\x02", monotonic_ns=1))
+    feed(collector, Frame(bus="b", can_id=256, data=b"\x01\x02", monotonic_ns=1))
     assert collector.drain().seen_ns == {}
     assert collector.health["b", "SPEEDS"] == MessageHealth(too_short=1)
 
@@ -80,16 +80,16 @@ def test_a_short_frame_is_counted_and_brings_nothing() -> None:
 def test_frames_of_other_buses_and_formats_are_not_taken() -> None:
     collector = small_collector(SPEED)
     data = bytes(8)
-    collector.feed(Frame(bus="other", can_id=256, data=data))
-    collector.feed(Frame(bus="b", can_id=256, data=data, is_extended=True))
-    collector.feed(Frame(bus="b", can_id=257, data=data))
+    feed(collector, Frame(bus="other", can_id=256, data=data))
+    feed(collector, Frame(bus="b", can_id=256, data=data, is_extended=True))
+    feed(collector, Frame(bus="b", can_id=257, data=data))
     assert collector.drain().seen_ns == {}
 
 
 def test_a_number_without_text_is_no_value() -> None:
     collector = small_collector(STATE)
-    collector.feed(speeds(0, 10, state=1))
-    collector.feed(speeds(0, 20, state=7))
+    feed(collector, speeds(0, 10, state=1))
+    feed(collector, speeds(0, 20, state=7))
     batch = collector.drain()
     assert [c.value for c in batch.changes] == ["ON"]
     assert batch.seen_ns == {"Vehicle.State": 10 * MS}
@@ -102,7 +102,7 @@ def test_a_value_that_is_not_finite_is_no_value() -> None:
     message = next(m for m in database.messages.values() if m.length == 8 and len(m.signals) == 1)
     for value in (float("nan"), float("inf")):
         data = struct.pack("<d", value)
-        collector.feed(Frame("b", message.frame_id, data, is_extended=message.is_extended_frame))
+        feed(collector, Frame("b", message.frame_id, data, is_extended=message.is_extended_frame))
     assert collector.drain().changes == ()
 
 
@@ -129,9 +129,9 @@ def checked_collector() -> Collector:
 
 def test_a_frame_with_a_wrong_checksum_is_never_used() -> None:
     collector = checked_collector()
-    collector.feed(gear(3, 0, 10))
+    feed(collector, gear(3, 0, 10))
     for bit in range(8):
-        collector.feed(gear(1, 1, 20, crc_error=1 << bit))
+        feed(collector, gear(1, 1, 20, crc_error=1 << bit))
     batch = collector.drain()
     assert [c.value for c in batch.changes] == ["D"]
     assert batch.seen_ns == {"Vehicle.Gear": 10 * MS}
@@ -141,22 +141,22 @@ def test_a_frame_with_a_wrong_checksum_is_never_used() -> None:
 def test_a_jump_of_the_counter_is_counted_and_the_value_used() -> None:
     collector = checked_collector()
     for counter, value in ((13, 0), (14, 0), (0, 0), (4, 3)):
-        collector.feed(gear(value, counter))
+        feed(collector, gear(value, counter))
     assert [c.value for c in collector.drain().changes] == ["P", "D"]
     assert collector.health["b", "PT_GEAR"] == MessageHealth(used=4, lost=3)
 
 
 def test_a_repeated_counter_keeps_no_value_alive() -> None:
     collector = checked_collector()
-    collector.feed(gear(3, 5, 10))
-    collector.feed(gear(3, 5, 20))
+    feed(collector, gear(3, 5, 10))
+    feed(collector, gear(3, 5, 20))
     assert collector.drain().seen_ns == {"Vehicle.Gear": 10 * MS}
     assert collector.health["b", "PT_GEAR"] == MessageHealth(used=1, repeated=1)
 
 
 def test_a_counter_beyond_its_range_fails_the_check() -> None:
     collector = checked_collector()
-    collector.feed(gear(3, 15))
+    feed(collector, gear(3, 15))
     assert collector.health["b", "PT_GEAR"] == MessageHealth(check_failed=1)
 
 
@@ -165,7 +165,7 @@ def test_a_real_drive_passes_its_checks() -> None:
     entries = [entry("Vehicle.Speed", "ENGINE_DATA", "XMISSION_SPEED", unit="km/h", check=Check.HONDA)]
     collector = Collector([DecodePlan.compile(database, entries, "b", ["Vehicle.Speed"])])
     for frame in replay_log(data_file("civic_typeR_turnonanddrive.log"), "b"):
-        collector.feed(frame)
+        feed(collector, frame)
     batch = collector.drain()
     health = collector.health["b", "ENGINE_DATA"]
     assert (health.check_failed, health.too_short) == (0, 0)
@@ -181,7 +181,7 @@ def test_a_value_is_known_until_its_longest_age() -> None:
     state = SignalState(collector.infos)
     assert state.value("Vehicle.Speed", 0) is None
     assert state.age_ns("Vehicle.Speed", 0) is None
-    collector.feed(speeds(100, 10))
+    feed(collector, speeds(100, 10))
     state.apply(collector.drain())
     assert state.value("Vehicle.Speed", 509 * MS) == 1.0
     assert state.value("Vehicle.Speed", 510 * MS) is None
@@ -191,9 +191,9 @@ def test_a_value_is_known_until_its_longest_age() -> None:
 def test_a_value_that_is_seen_again_is_known_again() -> None:
     collector = small_collector(SPEED)
     state = SignalState(collector.infos)
-    collector.feed(speeds(100, 10))
+    feed(collector, speeds(100, 10))
     state.apply(collector.drain())
-    collector.feed(speeds(100, 600))
+    feed(collector, speeds(100, 600))
     state.apply(collector.drain())
     assert state.value("Vehicle.Speed", 900 * MS) == 1.0
 
@@ -205,7 +205,7 @@ def test_a_name_that_nobody_subscribed_is_unknown() -> None:
 def test_a_snapshot_shows_ages_of_known_and_unknown_values() -> None:
     collector = small_collector(SPEED, STATE)
     state = SignalState(collector.infos)
-    collector.feed(speeds(100, 10, state=7))
+    feed(collector, speeds(100, 10, state=7))
     state.apply(collector.drain())
     readings = state.snapshot(700 * MS)
     assert (readings["Vehicle.Speed"].value, readings["Vehicle.Speed"].age_ms) == (None, 690)
