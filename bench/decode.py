@@ -7,7 +7,7 @@ import statistics
 import time
 from pathlib import Path
 
-from agent.adapters.can_bus import replay_log
+from agent.adapters.replay import replay_log
 from agent.signals.database import load as load_database
 from agent.signals.mapping import MappingEntry
 from agent.signals.plan import DecodePlan
