@@ -377,8 +377,12 @@ def _print_status(status: dict[str, object]) -> None:
     if isinstance(buses, dict):
         counts = status.get("bus_counts")
         counts = counts if isinstance(counts, dict) else {}
+        controllers = status.get("controllers")
+        controllers = controllers if isinstance(controllers, dict) else {}
         for name, state in buses.items():
-            print(f"Bus {name}: {state}{_counts(counts.get(name, {}))}")
+            controller = controllers.get(name, "unknown")
+            said = "" if controller == "unknown" else f", {controller}"
+            print(f"Bus {name}: {state}{said}{_counts(counts.get(name, {}))}")
     signals = status.get("signals")
     if isinstance(signals, dict) and signals:
         print()
@@ -388,10 +392,14 @@ def _print_status(status: dict[str, object]) -> None:
 
 def _counts(counts: dict[str, int]) -> str:
     """What a bus brought that is worth a word."""
-    named = (("frames", "frames"), ("lost", "times lost"), ("error_frames", "error frames"))
-    return "".join(
-        f", {counts[key]} {what}" for key, what in (*named, ("malformed", "malformed")) if counts.get(key)
+    named = (
+        ("frames", "frames"),
+        ("dropped", "dropped"),
+        ("lost", "times lost"),
+        ("error_frames", "error frames"),
+        ("malformed", "malformed"),
     )
+    return "".join(f", {counts[key]} {what}" for key, what in named if counts.get(key))
 
 
 def _texts(found: object, key: str = "") -> list[str]:

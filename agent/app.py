@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from agent import __version__, boot, importing
 from agent import events as ev
 from agent.adapters.archive import KEY_BYTES, seal
-from agent.adapters.bus import CAN_EFF_FLAG
+from agent.adapters.bus import CAN_EFF_FLAG, RawFrame, Watch
 from agent.adapters.can_bus import CanBus
 from agent.adapters.clock import SystemClock, SystemRandom
 from agent.adapters.identity import Identity
@@ -36,7 +36,7 @@ from agent.adapters.identity import settle as settle_identity
 from agent.adapters.link import Link, read_ca, server_roots
 from agent.adapters.local_api import ANSWER_S, IMPORT_S, LocalApi
 from agent.adapters.store import KeptRecord, Store
-from agent.adapters.uds import FUNCTIONAL_IDS, UdsClient
+from agent.adapters.uds import FUNCTIONAL_IDS, UdsClient, raw_id
 from agent.config import AgentConfig, BusConfig
 from agent.engine import Engine
 from agent.errors import (
@@ -81,7 +81,18 @@ _log = log.get(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Frames:
-    frames: list[Frame]
+    bus: str
+    frames: list[RawFrame]
+
+
+@dataclass(frozen=True, slots=True)
+class _Dropped:
+    """Frames of a bus that were lost between two monotonic times; at least `count`."""
+
+    bus: str
+    from_ns: int
+    to_ns: int
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +135,7 @@ class _Stop:
     pass
 
 
-_Item = ev.Event | _Frames | _Ask | _Import | _Bundle | _Imported | _Fault | _Stop
+_Item = ev.Event | _Frames | _Dropped | _Ask | _Import | _Bundle | _Imported | _Fault | _Stop
 
 
 def receipt_key(path: Path) -> Ed25519PublicKey:
@@ -222,6 +233,7 @@ class App:
             owner_epoch=stored.floors.owner_epoch,
         )
         self._buses = {b.name: self._make_bus(b) for b in config.buses}
+        self._ecu_ids: Mapping[str, frozenset[int]] = {}
         self._uds = UdsClient(self._guard, self._send_frame, self._clock.monotonic_ns, self._post)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="verify")
@@ -234,15 +246,22 @@ class App:
             name: value for name in ("host", "port", "speed") if (value := getattr(bus, name)) is not None
         }
         plan = self._plans.get(bus.name)
+        watches: dict[int, Watch] = {}
+        if plan is not None and bus.changes_only:
+            from agent.adapters.broadcast_manager import watches_of
+
+            watches = watches_of(plan)
         return CanBus(
             bus.name,
             bus.interface,
             bus.channel,
             bus.bitrate,
             bus.fd,
-            on_frames=lambda frames: self._queue.put(_Frames(frames)),
+            on_frames=lambda name, frames: self._queue.put(_Frames(name, frames)),
             on_state=lambda name, state, reason: self._post(ev.BusChanged(name, state.value, reason)),
-            wanted_ids=plan.can_ids if plan else (),
+            on_dropped=lambda *dropped: self._queue.put(_Dropped(*dropped)),
+            wanted_ids=_wanted_ids(plan),
+            watches=watches,
             listen_only=self._config.vehicle.listen_only,
             monotonic_ns=self._clock.monotonic_ns,
             wall_ns=self._clock.wall_ns,
@@ -304,8 +323,11 @@ class App:
             case None:
                 if self._clock.monotonic_ns() >= self._engine.wake_ns():
                     self._step(ev.Ticked())
-            case _Frames(frames):
-                self._take_frames(frames)
+            case _Frames(bus, frames):
+                self._take_frames(bus, frames)
+            case _Dropped(bus, from_ns, to_ns, count):
+                within_ms = (to_ns - from_ns) // 1_000_000
+                _log.warning("frames were lost", bus=bus, count=count, within_ms=within_ms)
             case _Ask(answer):
                 answer.set_result(self._status())
             case _Import(content, answer):
@@ -324,11 +346,13 @@ class App:
             case _:
                 self._step(item)
 
-    def _take_frames(self, frames: list[Frame]) -> None:
+    def _take_frames(self, bus: str, frames: list[RawFrame]) -> None:
+        ecu_ids = self._ecu_ids.get(bus, frozenset())
         for frame in frames:
-            flags = CAN_EFF_FLAG if frame.is_extended else 0
-            self._collector.feed(frame.bus, [(frame.can_id | flags, frame.data, frame.monotonic_ns)])
-            self._uds.on_frame(frame)
+            if frame.can_id in ecu_ids:
+                self._uds.on_frame(bus, frame)
+        self._collector.feed(bus, frames)
+        self._buses[bus].taken(len(frames))
         self._step(ev.SignalsArrived(self._collector.drain()))
 
     def _watch(self) -> None:
@@ -395,16 +419,15 @@ class App:
 
     def _listen_for(self, rights: Rights) -> None:
         """Receives the answers of every ECU in use, and other testers' requests, at once."""
-        urgent: dict[str, set[tuple[int, bool]]] = {}
+        ecu_ids: dict[str, frozenset[int]] = {}
         for feature in rights.features.values():
-            if feature.ecu is not None and feature.ecu.request_id:
-                ids = urgent.setdefault(feature.ecu.bus, set(FUNCTIONAL_IDS))
-                for can_id in (feature.ecu.request_id, feature.ecu.response_id):
-                    ids.add((can_id, can_id > 0x7FF))  # noqa: PLR2004 (highest 11-bit identifier)
+            if (ecu := feature.ecu) is not None and ecu.request_id:
+                ids = {raw_id(ecu.request_id), raw_id(ecu.response_id)}
+                ecu_ids[ecu.bus] = ecu_ids.get(ecu.bus, FUNCTIONAL_IDS) | ids
+        self._ecu_ids = ecu_ids
         for name, bus in self._buses.items():
-            plan = self._plans.get(name)
             try:
-                bus.receive(plan.can_ids if plan else (), urgent.get(name, ()))
+                bus.receive(_wanted_ids(self._plans.get(name)), ecu_ids.get(name, ()))
             except VehicleError as error:
                 _log.warning(str(error), bus=name)
 
@@ -645,10 +668,12 @@ class App:
                 "frames": bus.counts.frames,
                 "error_frames": bus.counts.error_frames,
                 "malformed": bus.counts.malformed,
+                "dropped": bus.counts.dropped,
                 "lost": bus.counts.lost,
             }
             for name, bus in self._buses.items()
         }
+        status["controllers"] = {name: bus.controller.value for name, bus in self._buses.items()}
         status["messages"] = {
             f"{bus}/{message}": {
                 "used": health.used,
@@ -689,6 +714,12 @@ class App:
         patience.cancel()
         self._store.close()
         _log.info("agent has ended")
+
+
+def _wanted_ids(plan: DecodePlan | None) -> frozenset[int]:
+    if plan is None:
+        return frozenset()
+    return frozenset(can_id | (CAN_EFF_FLAG if is_extended else 0) for can_id, is_extended in plan.can_ids)
 
 
 def _versions(versions: Versions) -> pb.RepositoryVersions:

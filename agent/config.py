@@ -68,6 +68,7 @@ class BusConfig:
     host: str | None = option(default=None)
     port: int | None = option(default=None, minimum=1, maximum=MAX_PORT)
     speed: float | None = option(default=None, minimum=0)
+    changes_only: bool = option(default=False)
     database: Path | None = option(default=None, existing=True)
     signals: Path | None = option(default=None, existing=True)
 
@@ -75,6 +76,8 @@ class BusConfig:
         """Cross-checks of one bus."""
         if (self.database is None) != (self.signals is None):
             yield "database", "database and signals go together: one of them is missing"
+        if self.changes_only and (self.interface != "socketcan" or self.fd):
+            yield "changes_only", "only socketcan without fd can do it"
 
 
 @dataclass(frozen=True)

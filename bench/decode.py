@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from agent.adapters.bus import RawFrame
-from agent.adapters.can_bus import replay_log
+from agent.adapters.replay import replay_log
 from agent.signals.database import load as load_database
 from agent.signals.mapping import MappingEntry
 from agent.signals.plan import DecodePlan

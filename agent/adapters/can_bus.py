@@ -1,14 +1,15 @@
 """One CAN bus: frames in batches to the agent, single frames to the bus.
 
-A reader thread opens the bus through python-can, collects frames for one
-window, or less when an urgent identifier arrives, and hands them on. A bus that
-is lost (reader error, bus-off, vanished interface) is a state, not a crash: it
-is reported and opened again with full-jitter backoff. The thread ends only with
-a state that says so. Nothing is sent unless the caller sends it; a listen-only
-bus refuses to send.
+A reader thread opens the adapter of the bus's interface, reads frames and hands
+them on. A bus that is lost (reader error, bus-off, vanished interface) is a
+state, not a crash: it is reported and opened again with full-jitter backoff.
+The thread ends only with a state that says so. Frames that an adapter, or this
+reader, could not hand on are declared with the time between which they were.
+Nothing is sent unless the caller sends it; a listen-only bus refuses to send.
 
-`interface` is one of python-can's (socketcan, slcan, virtual, ...),
-`socketcand`, or `replay` for any log that python-can reads.
+`interface` is `socketcan`, `slcan`, `socketcand`, `replay` for any log that
+python-can reads, or another interface of python-can's. Each adapter is imported
+when its first bus is opened.
 """
 
 from __future__ import annotations
@@ -22,41 +23,34 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
-import can
-
-from agent.adapters.socketcand import SocketcandBus
+from agent.adapters.bus import (
+    CAN_EFF_FLAG,
+    CAN_ERR_FLAG,
+    WINDOW_S,
+    BusEndedError,
+    BusLostError,
+    OpenBus,
+    RawFrame,
+    Watch,
+)
 from agent.errors import TransportError, VehicleError
 from agent.model import Frame
 from common import log as logs
 
 log = logs.get(__name__)
 
-WINDOW_S: Final = 0.02
-"""Longest time, in seconds, that a frame waits for others before it is handed on."""
-IDLE_RECEIVE_S: Final = 0.1
-"""Longest time, in seconds, that the reader waits before it looks whether it is to end."""
-MAX_BATCH_FRAMES: Final = 4096
-"""Most frames in one batch; a full batch is handed on at once."""
-MAX_MALFORMED_IN_A_ROW: Final = 100
-"""Frames that cannot be parsed, without a good one between, that make a bus count as lost."""
-MAX_TIMESTAMP_LAG_NS: Final = 1_000_000_000
-"""A frame's time stamp is believed if it is not in the future and not older than this."""
-SEND_TIMEOUT_S: Final = 0.05
-"""Longest wait, in seconds, until the bus takes a frame."""
+IDLE_READ_S: Final = 1.0
+"""Longest time, in seconds, that the reader waits for a frame."""
+MAX_WAITING_FRAMES: Final = 16_384
+"""From this many frames that the agent has not taken, only the latest of each identifier is handed
+on; from twice as many, none. A second of a full 1 Mbit/s bus has 9,000 or so."""
 BACKOFF_BASE_S: Final = 0.1
 BACKOFF_MAX_S: Final = 5.0
 """Waits before a lost bus is opened again lie in [0, min(max, base * 2^n)] seconds."""
-MAX_SPEED: Final = 1_000_000.0
-"""Fastest replay with spacing, as a multiple of the log's own speed."""
 CLOSE_TIMEOUT_S: Final = 5.0
 """Longest wait, in seconds, for the reader thread to end."""
-
-_CAN_ERR_BUSOFF: Final = 0x40  # include/uapi/linux/can/error.h
-
-CanId = tuple[int, bool]
-"""CAN identifier, and whether it has 29 bits."""
 
 
 class BusState(enum.StrEnum):
@@ -86,38 +80,61 @@ NEXT_STATES: Final[Mapping[BusState, frozenset[BusState]]] = MappingProxyType(
 """The states that each state may be followed by."""
 
 
+class ControllerState(enum.StrEnum):
+    """The fault confinement of the CAN controller (ISO 11898-1:2015, 12.1.4)."""
+
+    UNKNOWN = "unknown"
+    """Nothing was heard of it: all is well, or the interface does not tell."""
+    ERROR_ACTIVE = "error-active"
+    ERROR_WARNING = "error-warning"
+    ERROR_PASSIVE = "error-passive"
+    BUS_OFF = "bus-off"
+
+
+# include/uapi/linux/can/error.h
+_CAN_ERR_CRTL: Final = 0x04
+_CAN_ERR_BUSOFF: Final = 0x40
+_CAN_ERR_RESTARTED: Final = 0x100
+_CRTL_OVERFLOW: Final = 0x01
+_CRTL_STATES: Final = (
+    (0x10 | 0x20, ControllerState.ERROR_PASSIVE),
+    (0x04 | 0x08, ControllerState.ERROR_WARNING),
+    (0x40, ControllerState.ERROR_ACTIVE),
+)
+"""Bits of an error frame's second byte, receiving and sending, and what they say; the worst first."""
+
+
+def controller_after(state: ControllerState, can_id: int, data: bytes) -> ControllerState:
+    """The controller's state after an error frame, which may say nothing of it."""
+    if can_id & _CAN_ERR_BUSOFF:
+        return ControllerState.BUS_OFF
+    if can_id & _CAN_ERR_CRTL and len(data) > 1:
+        for bits, said in _CRTL_STATES:
+            if data[1] & bits:
+                return said
+    if can_id & _CAN_ERR_RESTARTED:
+        return ControllerState.ERROR_ACTIVE
+    return state
+
+
 @dataclass(slots=True)
 class BusCounts:
-    """What a bus brought: frames handed on, error frames, frames that could not be parsed, losses."""
+    """What a bus brought, and what it did not.
+
+    Args:
+        frames: handed on.
+        error_frames: of the controller.
+        malformed: pieces that were no frame.
+        dropped: frames that were lost in the controller, the kernel, the
+            adapter or here; at least.
+        lost: times that the bus was lost.
+    """
 
     frames: int = 0
     error_frames: int = 0
     malformed: int = 0
+    dropped: int = 0
     lost: int = 0
-
-
-class OpenBus(Protocol):
-    """What is used of a python-can bus."""
-
-    def recv(self, timeout: float | None = None) -> can.Message | None:
-        """The next message; None if there is none within `timeout` seconds."""
-
-    def send(self, msg: can.Message, timeout: float | None = None) -> None:
-        """Sends one message within `timeout` seconds."""
-
-    def set_filters(self, filters: Any = None) -> None:
-        """Receives only what one of the filters matches; None: everything."""
-
-    def shutdown(self) -> None:
-        """Closes the bus."""
-
-
-class _Lost(Exception):
-    """The bus said by itself that it is gone."""
-
-
-class _EndOfLog(Exception):
-    """A replayed log has no more frames."""
 
 
 class CanBus:
@@ -131,54 +148,69 @@ class CanBus:
         bitrate: int | None = None,
         fd: bool = False,
         *,
-        on_frames: Callable[[list[Frame]], None],
+        on_frames: Callable[[str, list[RawFrame]], None],
         on_state: Callable[[str, BusState, str], None],
-        wanted_ids: Iterable[CanId] | None = None,
-        urgent_ids: Iterable[CanId] = (),
+        on_dropped: Callable[[str, int, int, int], None] = lambda *_: None,
+        wanted_ids: Iterable[int] | None = None,
+        urgent_ids: Iterable[int] = (),
+        watches: Mapping[int, Watch] = MappingProxyType({}),
         listen_only: bool = True,
         window_s: float = WINDOW_S,
         monotonic_ns: Callable[[], int] = time.monotonic_ns,
         wall_ns: Callable[[], int] = time.time_ns,
         uniform: Callable[[float, float], float] = random.uniform,
-        open_bus: Callable[..., OpenBus] | None = None,
-        **options: object,
+        open_bus: Callable[[], OpenBus] | None = None,
+        **options: Any,
     ) -> None:
         """Prepares a bus; nothing is opened yet.
 
         Args:
-            on_frames: called in the reader's thread with each batch, in the
-                order of the frames; their times never go back.
+            on_frames: called in the reader's thread with the bus's name and
+                each batch, in the order of the frames, without error frames.
+                `taken` says when the batch is done with.
             on_state: called in the reader's thread with name, state and reason.
-            wanted_ids: identifiers that are received; None: all.
-            urgent_ids: identifiers that are received and do not wait for the window.
+            on_dropped: called in the reader's thread with name, two monotonic
+                times and the number of frames that were lost between them, at
+                least; before the frames of that time are handed on.
+            wanted_ids: `can_id`s (RawFrame) that are received; None: all.
+            urgent_ids: are received and do not wait for the window.
+            watches: messages of which only changes are to be received, where
+                the interface can do it (`socketcan`).
             listen_only: `send` refuses; the interface is told where it can be.
-            options: further ones of python-can; for `replay`: `speed`, 1 for
-                the log's own spacing, 0 for as fast as possible.
-            open_bus: opens the bus from interface, channel and options.
+            options: further ones, by python-can's names; for `replay`: `speed`,
+                1 for the log's own spacing, 0 for as fast as possible.
+            open_bus: opens the adapter, in the place of the interface's own.
         """
         self.name = name
         self.interface = interface
         self.counts = BusCounts()
-        self._on_frames, self._on_state = on_frames, on_state
-        self._urgent_ids = frozenset(urgent_ids)
-        self._wanted_ids = None if wanted_ids is None else frozenset(wanted_ids)
+        self.controller = ControllerState.UNKNOWN
+        self._on_frames, self._on_state, self._on_dropped = on_frames, on_state, on_dropped
+        self._wanted = None if wanted_ids is None else frozenset(wanted_ids)
+        self._urgent = frozenset(urgent_ids)
         self._listen_only = listen_only
-        self._window_ns = int(window_s * 1e9)
-        self._monotonic_ns, self._wall_ns, self._uniform = monotonic_ns, wall_ns, uniform
-        self._open_bus = open_bus or open_python_can
-        self._options: dict[str, Any] = {"interface": interface, "channel": channel, **options}
-        if bitrate is not None:
-            self._options["bitrate"] = bitrate
-        if fd:
-            self._options["fd"] = True
-        if listen_only and interface == "slcan":
-            self._options["listen_only"] = True
+        self._monotonic_ns, self._uniform = monotonic_ns, uniform
+        self._open_bus = open_bus or (
+            lambda: open_adapter(
+                interface,
+                channel,
+                bitrate,
+                fd=fd,
+                listen_only=listen_only,
+                window_s=window_s,
+                monotonic_ns=monotonic_ns,
+                wall_ns=wall_ns,
+                watches=watches,
+                options=options,
+            )
+        )
         self._closing = threading.Event()
-        self._lock = threading.Lock()  # guards _bus, _state and the filters against the sender's thread
+        self._lock = threading.Lock()  # guards _bus, _state and the filters against other threads
         self._bus: OpenBus | None = None
         self._state, self._reason = BusState.OPENING, ""
-        self._last_ns = 0
-        self._malformed_in_a_row = 0
+        self._heard_ns = 0
+        self._dropped = self._malformed = 0
+        self._handed_on = self._taken = 0
         self._thread = threading.Thread(target=self._run, name=f"can-{name}", daemon=True)
 
     @property
@@ -199,28 +231,37 @@ class CanBus:
         self._closing.set()
         if self._thread.ident is None:
             return
+        with self._lock:
+            bus = self._bus
+        if bus is not None:
+            with contextlib.suppress(OSError):
+                bus.close()
         self._thread.join(CLOSE_TIMEOUT_S)
         if self._thread.is_alive():
             raise TransportError(f"bus {self.name}: the reader did not end within {CLOSE_TIMEOUT_S} s")
 
-    def receive(self, wanted_ids: Iterable[CanId] | None, urgent_ids: Iterable[CanId]) -> None:
+    def taken(self, count: int) -> None:
+        """Says that `count` frames handed on are done with; called by one thread."""
+        self._taken += count
+
+    def receive(self, wanted_ids: Iterable[int] | None, urgent_ids: Iterable[int]) -> None:
         """Changes what is received, and what of it does not wait for the window.
 
         Args:
-            wanted_ids: None: everything.
+            wanted_ids: `can_id`s; None: everything.
             urgent_ids: these are received in any case.
 
         Raises:
             VehicleError: the bus did not take the filters; it gets them when it is opened again.
         """
         with self._lock:
-            self._wanted_ids = None if wanted_ids is None else frozenset(wanted_ids)
-            self._urgent_ids = frozenset(urgent_ids)
+            self._wanted = None if wanted_ids is None else frozenset(wanted_ids)
+            self._urgent = frozenset(urgent_ids)
             if self._bus is None:
                 return
             try:
-                self._bus.set_filters(self._filters())
-            except (can.CanError, OSError) as error:
+                self._bus.receive_only(self._wanted, self._urgent)
+            except OSError as error:
                 raise VehicleError(f"bus {self.name} keeps its old filters: {error}") from error
 
     def send(self, frame: Frame) -> None:
@@ -236,16 +277,10 @@ class CanBus:
             bus, state = self._bus, self._state
         if bus is None:
             raise VehicleError(f"bus {self.name} is {state}; {what}")
+        can_id = frame.can_id | (CAN_EFF_FLAG if frame.is_extended else 0)
         try:
-            message = can.Message(
-                arbitration_id=frame.can_id,
-                is_extended_id=frame.is_extended,
-                is_fd=frame.is_fd,
-                data=frame.data,
-                check=True,
-            )
-            bus.send(message, timeout=SEND_TIMEOUT_S)
-        except (can.CanError, OSError, ValueError) as error:
+            bus.send(can_id, frame.data, is_fd=frame.is_fd)
+        except (OSError, ValueError) as error:
             raise VehicleError(f"bus {self.name}: {what}: {error}") from error
 
     # --- the reader's thread -------------------------------------------------
@@ -268,9 +303,11 @@ class CanBus:
                 with self._opened() as bus:
                     self._set_state(BusState.UP, "")
                     self._read(bus)
-            except _EndOfLog as end:
+            except BusEndedError as end:
                 return BusState.ENDED, str(end)
-            except _Lost as error:
+            except BusLostError as error:
+                if self._closing.is_set():
+                    break
                 self.counts.lost += 1
                 self._set_state(BusState.LOST, str(error))
                 # A bus that opens but brings nothing must not be opened in a tight loop.
@@ -282,114 +319,92 @@ class CanBus:
     @contextlib.contextmanager
     def _opened(self) -> Iterator[OpenBus]:
         try:
-            if self.interface == "replay":
-                bus: OpenBus = _ReplayBus(self._closing, self._monotonic_ns, **self._replay_options())
-            else:
-                bus = self._open_bus(**self._options)
-            with self._lock:
-                bus.set_filters(self._filters())
-                self._bus = bus
-        except (can.CanError, OSError, TypeError, ValueError) as error:
-            raise _Lost(f"cannot be opened: {error}") from error
+            bus = self._open_bus()
+        except (OSError, TypeError, ValueError, BusLostError) as error:
+            raise BusLostError(f"cannot be opened: {error}") from error
         try:
+            self._dropped = self._malformed = 0
+            self._heard_ns = self._monotonic_ns()
+            self._set_controller(ControllerState.UNKNOWN)
+            with self._lock:
+                try:
+                    bus.receive_only(self._wanted, self._urgent)
+                except OSError as error:
+                    raise BusLostError(f"does not take the filters: {error}") from error
+                self._bus = bus
             yield bus
         finally:
             with self._lock:
                 self._bus = None
             # A device that has vanished cannot be closed in good order.
-            with contextlib.suppress(can.CanError, OSError):
-                bus.shutdown()
-
-    def _replay_options(self) -> dict[str, Any]:
-        return {name: value for name, value in self._options.items() if name != "interface"}
+            with contextlib.suppress(OSError):
+                bus.close()
 
     def _read(self, bus: OpenBus) -> None:
         """Reads until the agent closes the bus.
 
         Raises:
-            _Lost, _EndOfLog: after the frames read so far were handed on.
+            BusLostError, BusEndedError: after the frames read so far were handed on.
         """
-        batch: list[Frame] = []
-        window_ends_ns = 0
         while not self._closing.is_set():
-            wait_s = IDLE_RECEIVE_S
-            if batch:
-                wait_s = min(wait_s, max(0.0, (window_ends_ns - self._monotonic_ns()) / 1e9))
             try:
-                frame = self._receive(bus, wait_s)
-            except (_Lost, _EndOfLog):
-                self._hand_on(batch)
-                raise
-            now_ns = self._monotonic_ns()
-            if frame is not None:
-                if not batch:
-                    window_ends_ns = now_ns + self._window_ns
-                batch.append(frame)
-                if (frame.can_id, frame.is_extended) in self._urgent_ids:
-                    window_ends_ns = now_ns
-            if batch and (now_ns >= window_ends_ns or len(batch) >= MAX_BATCH_FRAMES):
-                self._hand_on(batch)
-                batch = []
-        self._hand_on(batch)
+                frames = bus.read(IDLE_READ_S)
+            finally:
+                self.counts.malformed += bus.malformed - self._malformed
+                self._malformed = bus.malformed
+            errors = [frame for frame in frames if frame[0] & CAN_ERR_FLAG]
+            overflows = self._take_errors(errors) if errors else 0
+            if bus.dropped > self._dropped or overflows:
+                count = max(bus.dropped - self._dropped, overflows)
+                self._dropped = bus.dropped
+                self._declare(frames[-1].at_ns if frames else self._monotonic_ns(), count)
+            if errors:
+                frames = [frame for frame in frames if not frame[0] & CAN_ERR_FLAG]
+            if frames:
+                self._hand_on(list(frames))
+            if self.controller is ControllerState.BUS_OFF:
+                raise BusLostError("bus-off")
 
-    def _receive(self, bus: OpenBus, wait_s: float) -> Frame | None:
-        try:
-            message = bus.recv(wait_s)
-        except (ValueError, IndexError) as error:
-            # python-can's parsers of serial lines and sockets raise these on a damaged frame.
-            self.counts.malformed += 1
-            self._malformed_in_a_row += 1
-            if self._malformed_in_a_row >= MAX_MALFORMED_IN_A_ROW:
-                self._malformed_in_a_row = 0
-                raise _Lost(f"{MAX_MALFORMED_IN_A_ROW} malformed frames in a row; last: {error}") from error
-            return None
-        except (can.CanError, OSError) as error:
-            raise _Lost(str(error)) from error
-        except TransportError as error:
-            # Only a log raises this; to open it again would replay it from its start.
-            raise _EndOfLog(str(error)) from error
-        if message is None:
-            return None
-        self._malformed_in_a_row = 0
-        return self._frame(message, self._monotonic_ns())
+    def _take_errors(self, errors: list[RawFrame]) -> int:
+        """Follows the controller; returns how often it says that it lost frames."""
+        self.counts.error_frames += len(errors)
+        overflows = 0
+        state = self.controller
+        for can_id, data, _ in errors:
+            overflows += bool(can_id & _CAN_ERR_CRTL and len(data) > 1 and data[1] & _CRTL_OVERFLOW)
+            state = controller_after(state, can_id, data)
+            if state is ControllerState.BUS_OFF:
+                break
+        self._set_controller(state)
+        return overflows
 
-    def _hand_on(self, batch: list[Frame]) -> None:
-        if batch:
-            self.counts.frames += len(batch)
-            self._on_frames(batch)
+    def _hand_on(self, frames: list[RawFrame]) -> None:
+        until_ns = max(frames[-1].at_ns, self._heard_ns)
+        waiting = self._handed_on - self._taken
+        if waiting > MAX_WAITING_FRAMES:
+            # A flood of one identifier must not keep the others from being heard.
+            kept = list({frame.can_id: frame for frame in frames}.values())
+            kept = sorted(kept, key=lambda frame: frame.at_ns) if waiting <= 2 * MAX_WAITING_FRAMES else []
+            if len(kept) < len(frames):
+                self._declare(until_ns, len(frames) - len(kept))
+            frames = kept
+        self._heard_ns = until_ns
+        if frames:
+            self._handed_on += len(frames)
+            self.counts.frames += len(frames)
+            self._on_frames(self.name, frames)
 
-    def _frame(self, message: can.Message, now_ns: int) -> Frame | None:
-        if message.is_error_frame:
-            self.counts.error_frames += 1
-            if self.interface == "socketcan" and message.arbitration_id & _CAN_ERR_BUSOFF:
-                raise _Lost("bus-off")
-            return None
-        if message.is_remote_frame:
-            return None
-        at_ns = round(message.timestamp * 1e9)
-        if self.interface != "replay":  # whose times are of the monotonic clock already
-            lag_ns = self._wall_ns() - at_ns
-            at_ns = now_ns - lag_ns if 0 <= lag_ns <= MAX_TIMESTAMP_LAG_NS else now_ns
-        self._last_ns = max(self._last_ns, at_ns)
-        return Frame(
-            bus=self.name,
-            can_id=message.arbitration_id,
-            data=bytes(message.data),
-            monotonic_ns=self._last_ns,
-            is_extended=message.is_extended_id,
-            is_fd=message.is_fd,
-        )
+    def _declare(self, until_ns: int, count: int) -> None:
+        self.counts.dropped += count
+        self._on_dropped(self.name, self._heard_ns, max(until_ns, self._heard_ns), count)
 
-    def _filters(self) -> list[dict[str, object]] | None:
-        if self._wanted_ids is None:
-            return None
-        ids = sorted(self._wanted_ids | self._urgent_ids)
-        # Without any filter python-can receives everything; this one matches nothing.
-        nothing: list[dict[str, object]] = [{"can_id": 0x7FF, "can_mask": 0x1FFFFFFF, "extended": True}]
-        return [
-            {"can_id": can_id, "can_mask": 0x1FFFFFFF if extended else 0x7FF, "extended": extended}
-            for can_id, extended in ids
-        ] or nothing
+    def _set_controller(self, state: ControllerState) -> None:
+        if state is self.controller:
+            return
+        before, self.controller = self.controller, state
+        if state is not ControllerState.UNKNOWN:
+            say = log.info if state is ControllerState.ERROR_ACTIVE else log.warning
+            say("CAN controller", bus=self.name, state=state.value, before=before.value)
 
     def _set_state(self, state: BusState, reason: str) -> None:
         if state not in NEXT_STATES[self._state]:
@@ -402,97 +417,52 @@ class CanBus:
         self._on_state(self.name, state, reason)
 
 
-def open_python_can(interface: str, channel: str, **options: Any) -> OpenBus:
-    """Opens a bus; configuration of python-can outside of the agent's is not looked at.
+def open_adapter(
+    interface: str,
+    channel: str,
+    bitrate: int | None,
+    *,
+    fd: bool,
+    listen_only: bool,
+    window_s: float,
+    monotonic_ns: Callable[[], int],
+    wall_ns: Callable[[], int],
+    watches: Mapping[int, Watch],
+    options: dict[str, Any],
+) -> OpenBus:
+    """Opens the adapter of an interface, and imports what it needs.
 
     Raises:
-        ValueError, OSError, can.CanError: it cannot be opened.
+        OSError, TypeError, ValueError, BusLostError: it cannot be opened.
     """
+    if interface == "socketcan":
+        if watches:
+            from agent.adapters.broadcast_manager import BroadcastManagerBus
+
+            return BroadcastManagerBus(
+                channel, watches, window_s=window_s, monotonic_ns=monotonic_ns, wall_ns=wall_ns
+            )
+        from agent.adapters.socketcan import SocketcanBus
+
+        return SocketcanBus(channel, fd=fd, window_s=window_s, monotonic_ns=monotonic_ns, wall_ns=wall_ns)
     if interface == "socketcand":
-        return SocketcandBus(channel, **options)
-    return can.Bus(channel=channel, interface=interface, ignore_config=True, **options)
+        from agent.adapters.socketcand import SocketcandBus
 
-
-# --- replay ------------------------------------------------------------------
-
-
-def _messages(path: Path) -> Iterator[can.Message]:
-    """The messages of a log, with one kind of error for all formats."""
-    try:
-        with can.LogReader(path) as reader:
-            yield from reader
-    except (OSError, ValueError, LookupError, TypeError, can.CanError) as error:
-        raise TransportError(f"{path}: not a log that can be replayed: {error}") from error
-
-
-def replay_log(path: Path, bus: str) -> Iterator[Frame]:
-    """The data frames of a log, their times counted from its first message.
-
-    Raises:
-        TransportError: not readable, or not a log.
-    """
-    first_s: float | None = None
-    for message in _messages(path):
-        if first_s is None:
-            first_s = message.timestamp
-        if message.is_error_frame or message.is_remote_frame:
-            continue
-        yield Frame(
-            bus=bus,
-            can_id=message.arbitration_id,
-            data=bytes(message.data),
-            monotonic_ns=max(0, round((message.timestamp - first_s) * 1e9)),
-            is_extended=message.is_extended_id,
-            is_fd=message.is_fd,
+        return SocketcandBus(
+            channel, **options, window_s=window_s, monotonic_ns=monotonic_ns, wall_ns=wall_ns
         )
+    if interface == "replay":
+        from agent.adapters.replay import ReplayBus
 
+        return ReplayBus(Path(channel), **options, window_s=window_s, monotonic_ns=monotonic_ns)
+    from agent.adapters.python_can import open_bus
 
-class _ReplayBus:
-    """A log in the place of a bus; the time stamps of its messages are of the monotonic clock."""
-
-    def __init__(
-        self, closing: threading.Event, monotonic_ns: Callable[[], int], channel: str, speed: float = 1.0
-    ) -> None:
-        if not 0 <= speed <= MAX_SPEED:
-            raise ValueError(f"speed {speed}: expected 0 to {MAX_SPEED}")
-        self._closing, self._monotonic_ns = closing, monotonic_ns
-        self._messages = _messages(Path(channel))
-        self._speed = speed
-        self._wanted: frozenset[CanId] | None = None
-        self._next: can.Message | None = None
-        self._start_ns = monotonic_ns()
-        self._first_s: float | None = None
-
-    def set_filters(self, filters: list[dict[str, Any]] | None = None) -> None:
-        self._wanted = None if filters is None else frozenset((f["can_id"], f["extended"]) for f in filters)
-
-    def recv(self, timeout: float | None = None) -> can.Message | None:
-        message = self._next
-        while message is None:
-            message = next(self._messages, None)
-            if message is None:
-                raise _EndOfLog("end of the log")
-            if self._first_s is None:
-                self._first_s = message.timestamp
-            # Times at speed 0 keep the log's spacing, so that ages stay what they were.
-            offset_ns = (message.timestamp - self._first_s) * 1e9 / (self._speed or 1.0)
-            message.timestamp = (self._start_ns + offset_ns) / 1e9
-            key = (message.arbitration_id, message.is_extended_id)
-            if self._wanted is not None and key not in self._wanted and not message.is_error_frame:
-                message = None
-        self._next = message
-        if self._speed:
-            due_s = message.timestamp - self._monotonic_ns() / 1e9
-            if due_s > (IDLE_RECEIVE_S if timeout is None else timeout):
-                self._closing.wait(timeout)
-                return None
-            if due_s > 0:
-                self._closing.wait(due_s)
-        self._next = None
-        return message
-
-    def send(self, msg: can.Message, timeout: float | None = None) -> None:  # noqa: ARG002
-        raise can.CanOperationError(f"a replayed log takes no frames; 0x{msg.arbitration_id:X}")
-
-    def shutdown(self) -> None:
-        self._messages = iter(())
+    if bitrate is not None:
+        options = {**options, "bitrate": bitrate}
+    if fd:
+        options = {**options, "fd": True}
+    if listen_only and interface == "slcan":
+        options = {**options, "listen_only": True}
+    return open_bus(
+        interface, channel, options, window_s=window_s, monotonic_ns=monotonic_ns, wall_ns=wall_ns
+    )

@@ -1,10 +1,10 @@
-"""A python-can bus over a socketcand server, for machines without SocketCAN.
+"""A bus over a socketcand server, for machines without SocketCAN.
 
 Speaks socketcand's raw mode (doc/protocol.md of linux-can/socketcand). In the
 place of python-can's own client, which takes a closed connection for silence,
 waits for its handshake for ever, and loses the handshake on a busy bus. Here a
-lost connection raises can.CanOperationError, and a malformed message ValueError
-with the connection kept. Classic CAN only.
+lost connection is a lost bus, and a malformed message is counted with the
+connection kept. Classic CAN only.
 """
 
 from __future__ import annotations
@@ -12,9 +12,21 @@ from __future__ import annotations
 import re
 import select
 import socket
-from typing import Any, Final
+import time
+from collections.abc import Callable
+from typing import Final
 
-import can
+from agent.adapters.bus import (
+    CAN_EFF_FLAG,
+    CAN_EFF_MASK,
+    CAN_ERR_FLAG,
+    MAX_CLASSIC_BYTES,
+    WINDOW_S,
+    BusLostError,
+    RawFrame,
+    Stamps,
+)
+from agent.adapters.frame_by_frame import FrameByFrameBus, MalformedFrameError
 
 CONNECT_TIMEOUT_S: Final = 3.0
 """Longest wait for the connection, and for each answer of the handshake."""
@@ -26,6 +38,7 @@ MAX_HANDSHAKE_MESSAGES: Final = 64
 """Frames that may arrive between the handshake's answers."""
 _READ_BYTES: Final = 65_536
 _EXTENDED_DIGITS: Final = 8
+_MAX_STANDARD_ID: Final = 0x7FF
 
 _CHANNEL: Final = re.compile(r"[A-Za-z0-9_.-]{1,15}")
 _FRAME: Final = re.compile(
@@ -34,7 +47,7 @@ _FRAME: Final = re.compile(
 _ERROR: Final = re.compile(rb"< error ([0-9A-Fa-f]{1,8}) (\d{1,12}\.\d{1,9}) ?>")
 
 
-class SocketcandBus(can.BusABC):
+class SocketcandBus(FrameByFrameBus):
     """One channel of a socketcand server."""
 
     def __init__(
@@ -42,19 +55,23 @@ class SocketcandBus(can.BusABC):
         channel: str,
         host: str,
         port: int,
-        can_filters: Any = None,
-        **options: object,
+        *,
+        window_s: float = WINDOW_S,
+        monotonic_ns: Callable[[], int] = time.monotonic_ns,
+        wall_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         """Connects and opens `channel` in raw mode.
 
         Raises:
-            ValueError: a channel's name or an option that the protocol does not have.
+            ValueError: a channel's name that the protocol does not have.
             OSError: no connection.
-            can.CanError: the server does not speak the protocol, or refuses the channel.
+            BusLostError: the server does not speak the protocol, or refuses the channel.
         """
-        if not _CHANNEL.fullmatch(channel) or options:
-            raise ValueError(f"socketcand: channel {channel!r}, options {sorted(options)}: not supported")
-        self.channel_info = f"socketcand {channel}@{host}:{port}"
+        if not _CHANNEL.fullmatch(channel):
+            raise ValueError(f"socketcand: channel {channel!r}: not supported")
+        super().__init__(window_s, monotonic_ns)
+        self._stamps = Stamps(monotonic_ns, wall_ns)
+        self._info = f"socketcand {channel}@{host}:{port}"
         self._buffer = b""
         self._socket = socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S)
         try:
@@ -67,10 +84,9 @@ class SocketcandBus(can.BusABC):
             self._expect(b"< ok >")
             self._socket.sendall(b"< rawmode >")
             self._expect(b"< ok >")
-        except (OSError, can.CanError):
+        except (OSError, BusLostError):
             self._socket.close()
             raise
-        super().__init__(channel=channel, can_filters=can_filters)
 
     def _expect(self, expected: bytes) -> None:
         for _ in range(MAX_HANDSHAKE_MESSAGES):
@@ -78,68 +94,62 @@ class SocketcandBus(can.BusABC):
             if found == expected:
                 return
             if found is None or not found.startswith(b"< frame "):
-                raise can.CanInitializationError(
-                    f"{self.channel_info}: expected {expected!r}, found {found!r}"
-                )
-        raise can.CanInitializationError(f"{self.channel_info}: expected {expected!r}, found only frames")
+                raise BusLostError(f"{self._info}: expected {expected!r}, found {found!r}")
+        raise BusLostError(f"{self._info}: expected {expected!r}, found only frames")
 
-    def _message(self, timeout_s: float | None) -> bytes | None:
+    def _message(self, timeout_s: float) -> bytes | None:
         """The next message of the stream; None if none is complete in time."""
         while b">" not in self._buffer:
             if len(self._buffer) > MAX_MESSAGE_BYTES:
-                raise can.CanOperationError(
-                    f"{self.channel_info}: a message of more than {MAX_MESSAGE_BYTES} bytes"
-                )
-            if not self._poll.poll(None if timeout_s is None else timeout_s * 1000):
+                raise BusLostError(f"{self._info}: a message of more than {MAX_MESSAGE_BYTES} bytes")
+            if not self._poll.poll(timeout_s * 1000):
                 return None
             try:
                 received = self._socket.recv(_READ_BYTES)
             except OSError as error:
-                raise can.CanOperationError(f"{self.channel_info}: {error.strerror}") from error
+                raise BusLostError(f"{self._info}: {error.strerror}") from error
             if not received:
-                raise can.CanOperationError(f"{self.channel_info}: the server closed the connection")
+                raise BusLostError(f"{self._info}: the server closed the connection")
             self._buffer += received
         message, _, self._buffer = self._buffer.partition(b">")
         return message.lstrip() + b">"
 
-    def _recv_internal(self, timeout: float | None) -> tuple[can.Message | None, bool]:
-        message = self._message(timeout)
+    def _receive(self, wait_s: float) -> RawFrame | None:
+        message = self._message(wait_s)
         if message is None:
-            return None, False
+            return None
         if frame := _FRAME.fullmatch(message):
-            can_id, timestamp, data = frame.groups()
+            digits, stamp_s, data = frame.groups()
+            can_id = int(digits, 16) | (CAN_EFF_FLAG if len(digits) == _EXTENDED_DIGITS else 0)
+            highest = CAN_EFF_FLAG | CAN_EFF_MASK if can_id & CAN_EFF_FLAG else _MAX_STANDARD_ID
+            if can_id > highest:
+                raise MalformedFrameError(f"{self._info}: not an identifier: {digits!r}")
             payload = bytes.fromhex(data.decode("ascii"))
-            received = can.Message(
-                timestamp=float(timestamp),
-                arbitration_id=int(can_id, 16),
-                is_extended_id=len(can_id) == _EXTENDED_DIGITS,
-                data=payload,
-                channel=self.channel_info,
-                check=True,
-            )
         elif error := _ERROR.fullmatch(message):
-            received = can.Message(timestamp=float(error.group(2)), is_error_frame=True)
+            digits, stamp_s = error.groups()
+            can_id, payload = CAN_ERR_FLAG | (int(digits, 16) & CAN_EFF_MASK), bytes(MAX_CLASSIC_BYTES)
         else:
-            raise ValueError(f"{self.channel_info}: not a frame: {message[:MAX_MESSAGE_BYTES]!r}")
-        return received, False
+            raise MalformedFrameError(f"{self._info}: not a frame: {message[:MAX_MESSAGE_BYTES]!r}")
+        (at_ns,) = self._stamps.monotonic([round(float(stamp_s) * 1e9)])
+        return RawFrame(can_id, payload, at_ns)
 
-    def send(self, msg: can.Message, timeout: float | None = None) -> None:  # noqa: ARG002
-        """Sends one frame.
+    def send(self, can_id: int, data: bytes, *, is_fd: bool) -> None:
+        """Sends one frame (OpenBus.send).
 
         Raises:
-            ValueError: a CAN FD frame.
-            can.CanOperationError: the server did not take it; the connection is given up.
+            ValueError: a CAN FD frame, or too much data.
+            OSError: the server did not take it; the connection is given up.
         """
-        if msg.is_fd:
-            raise ValueError(f"{self.channel_info}: classic CAN only")
-        can_id = f"{msg.arbitration_id:08X}" if msg.is_extended_id else f"{msg.arbitration_id:03X}"
-        data = "".join(f"{byte:02X} " for byte in msg.data)
+        if is_fd or len(data) > MAX_CLASSIC_BYTES:
+            raise ValueError(f"{self._info}: classic CAN only")
+        digits = f"{can_id & CAN_EFF_MASK:08X}" if can_id & CAN_EFF_FLAG else f"{can_id:03X}"
+        payload = "".join(f"{byte:02X} " for byte in data)
         try:
-            self._socket.sendall(f"< send {can_id} {msg.dlc:X} {data}>".encode("ascii"))
-        except OSError as error:
+            self._socket.sendall(f"< send {digits} {len(data):X} {payload}>".encode("ascii"))
+        except OSError:
             # Part of the message may be out: nothing that follows could be understood.
             self._hang_up()
-            raise can.CanOperationError(f"{self.channel_info}: {error}") from error
+            raise
 
     def _hang_up(self) -> None:
         try:
@@ -147,7 +157,5 @@ class SocketcandBus(can.BusABC):
         except OSError:  # not connected any more
             return
 
-    def shutdown(self) -> None:
-        """Closes the connection."""
-        super().shutdown()
+    def _shut(self) -> None:
         self._socket.close()

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import isotp
 from udsoncan.ResponseCode import ResponseCode
 
+from agent.adapters.bus import CAN_EFF_FLAG, CAN_EFF_MASK, RawFrame
 from agent.errors import (
     EcuBusyError,
     EcuSilentError,
@@ -47,8 +48,8 @@ PATIENCE_NS = 30_000_000_000
 """How long a read waits for another tester before it is given back, to be tried again later."""
 SWITCH_PATIENCE_NS = 1_000_000_000
 """The same for a job that switches something: its conditions must be judged anew before it is sent."""
-FUNCTIONAL_IDS = frozenset({(0x7DF, False), (0x18DB33F1, True)})
-"""Identifiers of functional requests, and whether they have 29 bits (ISO 15765-4:2021, 10.5)."""
+FUNCTIONAL_IDS = frozenset({0x7DF, CAN_EFF_FLAG | 0x18DB33F1})
+"""`can_id`s of functional requests (ISO 15765-4:2021, 10.5)."""
 _FLOW_CONTROL = 3
 _ECHOED_BYTES = {0x10: 1, 0x22: 2, 0x2E: 2, 0x31: 3}
 """Bytes after the SID that a positive response repeats (ISO 14229-1:2020, 10.2, 11.2, 12.7, 14.2)."""
@@ -129,20 +130,20 @@ class UdsClient:
         ecu.jobs.append(job)
         self.poll()
 
-    def on_frame(self, frame: Frame) -> None:
+    def on_frame(self, bus: str, frame: RawFrame) -> None:
         """Takes a frame from a bus; those of no interest are ignored."""
-        if frame.is_extended != (frame.can_id > MAX_STANDARD_ID):
+        can_id = frame.can_id & CAN_EFF_MASK
+        if frame.can_id != raw_id(can_id):
             return
-        ecu = self._answers.get((frame.bus, frame.can_id))
+        ecu = self._answers.get((bus, can_id))
         if ecu is not None and ecu.job is not None:
-            ecu.received.append(
-                isotp.CanMessage(frame.can_id, data=frame.data, extended_id=frame.is_extended)
-            )
+            is_extended = can_id > MAX_STANDARD_ID
+            ecu.received.append(isotp.CanMessage(can_id, data=frame.data, extended_id=is_extended))
             self.poll()
-        elif _is_functional_tester(frame) or self._guard.is_request_id(frame.bus, frame.can_id):
+        elif _is_functional_tester(frame) or self._guard.is_request_id(bus, can_id):
             now_ns = self._monotonic_ns()
             if now_ns >= self._foreign_until_ns:
-                _log.info("another tester speaks; ECU jobs wait", can_id=f"0x{frame.can_id:X}", bus=frame.bus)
+                _log.info("another tester speaks; ECU jobs wait", can_id=f"0x{can_id:X}", bus=bus)
             self._foreign_until_ns = now_ns + FOREIGN_TESTER_NS
 
     def poll(self) -> None:
@@ -323,8 +324,13 @@ class UdsClient:
             self._done(EcuDone(job.feature_id, b"" if error else ecu.answer, error))
 
 
-def _is_functional_tester(frame: Frame) -> bool:
+def raw_id(can_id: int) -> int:
+    """The `can_id` (RawFrame) of an ECU's identifier, which has 29 bits only if it needs them."""
+    return can_id | CAN_EFF_FLAG if can_id > MAX_STANDARD_ID else can_id
+
+
+def _is_functional_tester(frame: RawFrame) -> bool:
     """A functional request, other than the reads of emission-related services 0x01 to 0x0F (ISO 15031-5)."""
-    if (frame.can_id, frame.is_extended) not in FUNCTIONAL_IDS:
+    if frame.can_id not in FUNCTIONAL_IDS:
         return False
     return len(frame.data) < 2 or frame.data[1] >= _FIRST_UDS_SERVICE  # noqa: PLR2004 (length and service)

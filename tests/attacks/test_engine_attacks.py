@@ -9,9 +9,10 @@ from support import engine_world
 from support.engine_world import FEATURE, HEAT, MS, ODO, World, catalogue_feature, entitlement, with_quota
 
 from agent import events as ev
+from agent.adapters.bus import RawFrame
 from agent.adapters.uds import UdsClient
 from agent.metering.ledger import MAX_AMOUNT
-from agent.model import Entitlement, Frame, Quota, Rights, SignalBatch, SignalChange, TrustBytes
+from agent.model import Entitlement, Quota, Rights, SignalBatch, SignalChange, TrustBytes
 from openfod.usage.v1 import usage_pb2
 
 
@@ -74,12 +75,12 @@ def test_a_release_that_waited_for_another_tester_is_not_sent_into_motion(world:
         lambda done: world._later(0, lambda: world.tell(done)),
     )
     world._run_ecu = client.run  # type: ignore[method-assign]
-    tester = Frame("body", 0x7DF, bytes.fromhex("023E800000000000"))
+    tester = RawFrame(0x7DF, bytes.fromhex("023E800000000000"), 0)
 
     def live(seconds: int, *, speaks: bool) -> None:
         for _ in range(2 * seconds):
             if speaks:
-                client.on_frame(tester)
+                client.on_frame("body", tester)
             world.run_ms(500)
             client.poll()
 
@@ -96,9 +97,9 @@ def test_a_release_that_waited_for_another_tester_is_not_sent_into_motion(world:
 
 def test_reads_of_an_obd_dongle_starve_no_release(world: World) -> None:
     client = UdsClient(world.guard, lambda _frame: None, lambda: world.now_ms * MS, lambda _done: None)
-    client.on_frame(Frame("body", 0x7DF, bytes.fromhex("02010C0000000000")))
+    client.on_frame("body", RawFrame(0x7DF, bytes.fromhex("02010C0000000000"), 0))
     assert client._foreign_until_ns == 0
-    client.on_frame(Frame("body", 0x7DF, bytes.fromhex("021003AAAAAAAAAA")))
+    client.on_frame("body", RawFrame(0x7DF, bytes.fromhex("021003AAAAAAAAAA"), 0))
     assert client._foreign_until_ns > 0
 
 

@@ -36,7 +36,7 @@ from support.real_drive import (
 )
 from support.real_process import ACCOUNT, SILENT_BUS, VIN, Running, running
 
-from agent.adapters.can_bus import replay_log
+from agent.adapters.replay import replay_log
 
 pytestmark = pytest.mark.timeout(180)
 

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 from unittest import mock
 
-import can
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -30,6 +29,7 @@ from tuf.api.metadata import TargetFile
 from vectors import make_token_vectors as signer
 
 from agent.adapters import local_api
+from agent.adapters.bus import BusLostError
 from agent.adapters.floors_file import FloorsFile
 from agent.adapters.link import server_roots
 from agent.adapters.socketcand import SocketcandBus
@@ -360,22 +360,19 @@ def socketcand(content: bytes) -> bool:
         try:
             with mock.patch("socket.create_connection", return_value=near):
                 bus = SocketcandBus("can0", "127.0.0.1", 1)
-        except (OSError, can.CanError):
+        except (OSError, BusLostError):
             return False
-        clean = _read_all(bus)
-        bus.shutdown()
-    return clean
+        end = _read_all(bus)
+        bus.close()
+    return not bus.malformed and "closed the connection" in end
 
 
-def _read_all(bus: SocketcandBus) -> bool:
-    clean = True
+def _read_all(bus: SocketcandBus) -> str:
     while True:
         try:
-            bus.recv(0)
-        except can.CanOperationError as error:  # the stream's end, or its length
-            return clean and "closed the connection" in str(error)
-        except ValueError:
-            clean = False
+            bus.read(0)
+        except BusLostError as error:  # the stream's end, its length, or too much that is no frame
+            return str(error)
 
 
 # --- files and the local interface --------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.edge_ecu import READ, SEAT, Bench, feature, token
+from support.edge_ecu import READ, SEAT, Bench, as_heard, feature, token
 
 from agent.features.guard import activation_request
 from agent.model import Frame
@@ -43,7 +43,7 @@ def test_noise_raises_nothing_and_is_no_success(request: bytes, heard: list[tupl
     bench = Bench()
     bench.start(request)
     for frame, seconds in heard:
-        bench.client.on_frame(frame)
+        bench.client.on_frame(*as_heard(frame))
         bench.pass_s(seconds)
     bench.pass_s(20)
     assert len(bench.outcomes) == 1
@@ -58,7 +58,7 @@ def test_after_noise_the_next_job_still_runs(heard: list[Frame]) -> None:
     bench = Bench()
     bench.start(READ)
     for frame in heard:
-        bench.client.on_frame(frame)
+        bench.client.on_frame(*as_heard(frame))
     bench.pass_s(20)
     bench.pass_s(20)
     sent = len(bench.sent)

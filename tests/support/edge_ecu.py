@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import isotp
 
-from agent.adapters.uds import UdsClient
+from agent.adapters.bus import CAN_EFF_FLAG, RawFrame
+from agent.adapters.uds import UdsClient, raw_id
 from agent.errors import VehicleError
 from agent.events import EcuDone, RunEcu
 from agent.features.guard import Guard
@@ -98,6 +99,12 @@ def pieces(payload: bytes, ecu: EcuSpec = SEAT) -> list[Frame]:
     return [Frame(ecu.bus, ecu.request_id, data, is_extended=ecu.request_id > 0x7FF) for data in cut]
 
 
+def as_heard(frame: Frame) -> tuple[str, RawFrame]:
+    """A frame as a bus brings it: what `UdsClient.on_frame` takes."""
+    flags = CAN_EFF_FLAG if frame.is_extended else 0
+    return frame.bus, RawFrame(frame.can_id | flags, frame.data, frame.monotonic_ns)
+
+
 class FakeEcu:
     """The ECU's end: real ISO-TP logic, answers from a function."""
 
@@ -165,7 +172,7 @@ class Bench:
             for ecu in self.ecus:
                 ecu.step()
                 while ecu.outgoing:
-                    self.client.on_frame(ecu.outgoing.popleft())
+                    self.client.on_frame(*as_heard(ecu.outgoing.popleft()))
                     moved = True
             self.client.poll()
             if not moved and not any(ecu.incoming for ecu in self.ecus):
@@ -178,7 +185,7 @@ class Bench:
 
     def hear(self, data: bytes, can_id: int = SEAT.response_id, *, bus: str = "body") -> None:
         """Puts a frame of somebody else on the bus."""
-        self.client.on_frame(Frame(bus, can_id, data, is_extended=can_id > 0x7FF))
+        self.client.on_frame(bus, RawFrame(raw_id(can_id), data, self.now_ns))
 
 
 def twin(ecu: EcuSpec, **changes: object) -> EcuSpec:

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import isotp
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from support.edge_ecu import FakeEcu
+from support.edge_ecu import FakeEcu, as_heard
 from support.engine_world import IGNITION, INFOS, MS, ODO, SPEED, catalogue_feature
 from support.sim_world import IDENTITY, MemoryStore
 from support.trust_repo import NOW_MS, UID, VIN, Cloud, make_announcement
@@ -177,5 +177,5 @@ class EdgeVehicle:
             if not self._ecu.outgoing and not self._ecu.incoming:
                 break
             while self._ecu.outgoing:
-                self._client.on_frame(self._ecu.outgoing.popleft())
+                self._client.on_frame(*as_heard(self._ecu.outgoing.popleft()))
             self._client.poll()

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-import can
-
+from agent.adapters.bus import RawFrame
 from agent.adapters.can_bus import BusState
-from agent.model import Frame
 
 DEADLINE_S = 5.0
 
@@ -26,54 +24,64 @@ class Listener:
     """Collects what a bus reports."""
 
     def __init__(self) -> None:
-        self.batches: list[list[Frame]] = []
+        self.batches: list[list[RawFrame]] = []
         self.states: list[tuple[BusState, str]] = []
+        self.drops: list[tuple[int, int, int]] = []
 
-    def on_frames(self, frames: list[Frame]) -> None:
+    def on_frames(self, name: str, frames: list[RawFrame]) -> None:
+        assert name
         self.batches.append(list(frames))
 
     def on_state(self, name: str, state: BusState, reason: str) -> None:
         assert name
         self.states.append((state, reason))
 
+    def on_dropped(self, name: str, from_ns: int, to_ns: int, count: int) -> None:
+        assert name
+        self.drops.append((from_ns, to_ns, count))
+
     @property
-    def frames(self) -> list[Frame]:
-        return [frame for batch in self.batches for frame in batch]
+    def frames(self) -> list[RawFrame]:
+        return [frame for batch in list(self.batches) for frame in batch]
 
     def saw(self, state: BusState) -> Callable[[], bool]:
-        return lambda: any(found is state for found, _ in self.states)
+        return lambda: any(found is state for found, _ in list(self.states))
 
 
 class FakeBus:
-    """A python-can bus whose messages and errors come from the test."""
+    """An adapter whose frames and errors come from the test."""
 
     def __init__(self) -> None:
-        self.items: queue.SimpleQueue[can.Message | Exception] = queue.SimpleQueue()
-        self.sent: list[can.Message] = []
-        self.filters: object = None
+        self.dropped = self.malformed = 0
+        self.items: queue.SimpleQueue[Sequence[RawFrame] | Exception] = queue.SimpleQueue()
+        self.sent: list[tuple[int, bytes, bool]] = []
+        self.filters: list[tuple[frozenset[int] | None, frozenset[int]]] = []
         self.send_error: Exception | None = None
-        self.is_shut_down = False
+        self.filter_error: OSError | None = None
+        self.is_closed = False
 
-    def recv(self, timeout: float | None = None) -> can.Message | None:
+    def read(self, timeout_s: float) -> Sequence[RawFrame]:
         try:
-            item = self.items.get(timeout=timeout) if timeout else self.items.get_nowait()
+            item = self.items.get(timeout=timeout_s)
         except queue.Empty:
-            return None
+            return ()
         if isinstance(item, Exception):
             raise item
         return item
 
-    def send(self, msg: can.Message, timeout: float | None = None) -> None:
-        assert timeout is not None
+    def send(self, can_id: int, data: bytes, *, is_fd: bool) -> None:
         if self.send_error is not None:
             raise self.send_error
-        self.sent.append(msg)
+        self.sent.append((can_id, data, is_fd))
 
-    def set_filters(self, filters: object = None) -> None:
-        self.filters = filters
+    def receive_only(self, wanted: frozenset[int] | None, urgent: frozenset[int]) -> None:
+        if self.filter_error is not None:
+            raise self.filter_error
+        self.filters.append((wanted, urgent))
 
-    def shutdown(self) -> None:
-        self.is_shut_down = True
+    def close(self) -> None:
+        self.is_closed = True
+        self.items.put(())
 
 
 class FakeGarage:
@@ -81,11 +89,9 @@ class FakeGarage:
 
     def __init__(self) -> None:
         self.buses: list[FakeBus] = []
-        self.options: dict[str, object] = {}
         self.refusals: list[Exception] = []
 
-    def __call__(self, **options: object) -> FakeBus:
-        self.options = options
+    def __call__(self) -> FakeBus:
         if self.refusals:
             raise self.refusals.pop(0)
         self.buses.append(FakeBus())

@@ -15,7 +15,7 @@ from support.signals_data import (
     small_database,
 )
 
-from agent.adapters.can_bus import replay_log
+from agent.adapters.replay import replay_log
 from agent.errors import DatabaseError
 from agent.signals.database import SignalDatabase, load, parse
 from agent.signals.mapping import Check

@@ -7,7 +7,7 @@ import struct
 import pytest
 from support.signals_data import data_file, entry, feed, map_all, simulated_database, small_database
 
-from agent.adapters.can_bus import replay_log
+from agent.adapters.replay import replay_log
 from agent.errors import DatabaseError
 from agent.model import Frame, SignalChange
 from agent.signals.database import load

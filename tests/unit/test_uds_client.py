@@ -14,6 +14,7 @@ from support.edge_ecu import (
     WIDE,
     Bench,
     FakeEcu,
+    as_heard,
     feature,
     open_guard,
     rights,
@@ -284,7 +285,7 @@ def test_a_tester_that_never_stops_gives_the_job_back_with_the_reason() -> None:
 )
 def test_other_frames_are_no_tester(frame: Frame) -> None:
     bench = Bench(obedient())
-    bench.client.on_frame(frame)
+    bench.client.on_frame(*as_heard(frame))
     assert bench.run(READ).error is None
 
 
