@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -33,10 +33,7 @@ from agent.adapters.clock import SystemClock, SystemRandom
 from agent.adapters.identity import Identity
 from agent.adapters.identity import load as load_identity
 from agent.adapters.identity import settle as settle_identity
-from agent.adapters.link import Link, read_ca, server_roots
-from agent.adapters.local_api import ANSWER_S, IMPORT_S, LocalApi
 from agent.adapters.store import KeptRecord, Store
-from agent.adapters.uds import FUNCTIONAL_IDS, UdsClient, raw_id
 from agent.config import AgentConfig, BusConfig
 from agent.engine import Engine
 from agent.errors import (
@@ -65,8 +62,15 @@ from common import log
 from openfod.usage.v1 import usage_pb2
 from openfod.vehicle.v1 import vehicle_service_pb2 as pb
 
+if TYPE_CHECKING:  # what a start loads only after its first frame
+    from agent.adapters.link import Link
+    from agent.adapters.local_api import LocalApi
+    from agent.adapters.uds import UdsClient
+
 UDS_POLL_S = 0.002
 """Pause between looks at a running ECU job."""
+FIRST_FRAME_NS = 500_000_000
+"""How long the rest of the agent (cloud, ECUs, local interface) waits for a first frame to be decoded."""
 STORE_RETRY_S = 2.0
 """Pause before a write that failed is tried again; the order of writes is kept."""
 WATCH_NS = 10 * 1_000_000_000
@@ -131,11 +135,16 @@ class _Fault:
 
 
 @dataclass(frozen=True, slots=True)
+class _Loaded:
+    """The libraries for cloud, ECUs and local interface are imported."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Stop:
     pass
 
 
-_Item = ev.Event | _Frames | _Dropped | _Ask | _Import | _Bundle | _Imported | _Fault | _Stop
+_Item = ev.Event | _Frames | _Dropped | _Ask | _Import | _Bundle | _Imported | _Fault | _Loaded | _Stop
 
 
 def receipt_key(path: Path) -> Ed25519PublicKey:
@@ -182,6 +191,7 @@ class App:
         self._clock = clock or SystemClock()
         self._random = SystemRandom()
         self._queue: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+        imported_ms = self._clock.process_age_ms()
         started_ns = self._clock.monotonic_ns()
         settle_identity(config.state.directory)
         identity = load_identity(config.state.directory)
@@ -194,7 +204,9 @@ class App:
             boot_id=self._clock.boot_id(),
             journal_id=self._random.token(8).hex(),
         )
+        opened_ns = self._clock.monotonic_ns()
         start = boot.read(config, self._store)
+        verified_ns = self._clock.monotonic_ns()
         stored, verdict = start.stored, start.verdict
         for problem in start.problems:
             _log.error(problem)
@@ -234,12 +246,22 @@ class App:
         )
         self._buses = {b.name: self._make_bus(b) for b in config.buses}
         self._ecu_ids: Mapping[str, frozenset[int]] = {}
-        self._uds = UdsClient(self._guard, self._send_frame, self._clock.monotonic_ns, self._post)
+        self._uds: UdsClient | None = None
+        self._held: list[ev.RunEcu] = []
+        self._api: LocalApi | None = None
+        self._is_loading = False
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="verify")
         self._stopping = threading.Event()
         self._link: Link | None = None
-        _log.info("agent is ready", after_ms=(self._clock.monotonic_ns() - started_ns) // 1_000_000)
+        self._started_ns = now_ns
+        _log.info(
+            "agent is ready",
+            imported_ms=imported_ms,
+            opened_ms=(opened_ns - started_ns) // 1_000_000,
+            verified_ms=(verified_ns - opened_ns) // 1_000_000,
+            planned_ms=(now_ns - verified_ns) // 1_000_000,
+        )
 
     def _make_bus(self, bus: BusConfig) -> CanBus:
         options: dict[str, Any] = {
@@ -275,7 +297,45 @@ class App:
         """Runs until SIGTERM or SIGINT; returns the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._queue.put(_Stop()))
-        api = LocalApi(self._config.api_socket, self._ask, self._take)
+        code = 0
+        try:
+            self._submit(self._writer, self._seal_former)
+            self._step(self._booted)
+            for bus in self._buses.values():
+                bus.open()
+            self._loop()
+        except AgentError as error:
+            code = 1
+            self._guard.pause("the agent has failed")
+            _log.error("the agent ends and sends nothing more", reason=str(error))
+        except Exception as error:  # noqa: BLE001 (the composition root: reach the safe state)
+            code = 1
+            self._guard.pause("the agent has failed")
+            trace = "".join(traceback.format_exception(error))
+            _log.error("the agent failed and sends nothing more", error=repr(error), trace=trace)
+        finally:
+            self._shut_down()
+        return code
+
+    def _load(self) -> None:
+        """Imports the rest, off the loop: a start must not wait for it."""
+        from agent.adapters import link, local_api, uds  # noqa: F401 (their names are used in `_bring_up`)
+
+        self._queue.put(_Loaded())
+
+    def _bring_up(self) -> None:
+        """Begins to talk: to ECUs, to the cloud, and to who asks on the local socket.
+
+        Raises:
+            AgentError: the local socket cannot be made, or the cloud's CA cannot be read.
+        """
+        from agent.adapters.link import Link, read_ca
+        from agent.adapters.local_api import LocalApi
+        from agent.adapters.uds import UdsClient
+
+        self._uds = UdsClient(self._guard, self._send_frame, self._clock.monotonic_ns, self._post)
+        self._listen_for(self._rights)
+        self._api = LocalApi(self._config.api_socket, self._ask, self._take)
         cloud = self._config.cloud
         self._link = Link(
             cloud.endpoint,
@@ -286,33 +346,24 @@ class App:
             self._post,
             self._receipt_arrived,
         )
-        code = 0
-        try:
-            self._submit(self._writer, self._seal_former)
-            self._step(self._booted)
-            for bus in self._buses.values():
-                bus.open()
-            self._link.start()
-            self._loop()
-        except Exception as error:  # noqa: BLE001 (the composition root: reach the safe state)
-            code = 1
-            self._guard.pause("the agent has failed")
-            trace = "".join(traceback.format_exception(error))
-            _log.error("the agent failed and sends nothing more", error=repr(error), trace=trace)
-        finally:
-            self._shut_down(api)
-        return code
+        self._link.start()
+        held, self._held = self._held, []
+        for command in held:
+            self._uds.run(command)
 
     def _loop(self) -> None:
         while True:
             wait_s = max(0.0, (self._engine.wake_ns() - self._clock.monotonic_ns()) / 1e9)
-            if self._uds.is_active:
+            if self._uds is not None and self._uds.is_active:
                 wait_s = min(wait_s, UDS_POLL_S)
+            elif not self._is_loading:
+                wait_s = min(wait_s, FIRST_FRAME_NS / 1e9)
             try:
                 item: _Item | None = self._queue.get(timeout=wait_s)
             except queue.Empty:
                 item = None
-            self._uds.poll()
+            if self._uds is not None:
+                self._uds.poll()
             self._watch()
             self._take_item(item)
             if isinstance(item, _Stop):
@@ -341,6 +392,8 @@ class App:
                 answer.set_result(summary)
             case _Fault(error):
                 raise error
+            case _Loaded():
+                self._bring_up()
             case _Stop():
                 self._step(ev.Stopping())
             case _:
@@ -349,15 +402,24 @@ class App:
     def _take_frames(self, bus: str, frames: list[RawFrame]) -> None:
         ecu_ids = self._ecu_ids.get(bus, frozenset())
         for frame in frames:
-            if frame.can_id in ecu_ids:
+            if frame.can_id in ecu_ids and self._uds is not None:
                 self._uds.on_frame(bus, frame)
         self._collector.feed(bus, frames)
+        if not self._is_loading:
+            _log.info("first frame is decoded", after_ms=self._clock.process_age_ms())
+            self._load_soon()
         self._buses[bus].taken(len(frames))
         self._step(ev.SignalsArrived(self._collector.drain()))
+
+    def _load_soon(self) -> None:
+        self._is_loading = True
+        self._submit(self._worker, self._load)
 
     def _watch(self) -> None:
         """Looks now and then whether the cloud's certificates hold, and warns of what will end."""
         now_ns = self._clock.monotonic_ns()
+        if not self._is_loading and now_ns - self._started_ns >= FIRST_FRAME_NS:
+            self._load_soon()
         if now_ns < self._watch_ns:
             return
         self._watch_ns = now_ns + WATCH_NS
@@ -374,6 +436,8 @@ class App:
 
     def _server_roots(self, ca: bytes) -> tuple[bytes, ...]:
         """Called in the link's thread as well; rights and clock are immutable values."""
+        from agent.adapters.link import server_roots
+
         now_ms = self._engine.trusted_time(self._clock.monotonic_ns()).unix_ms
         return server_roots(self._rights.tls_anchors, ca, now_ms)
 
@@ -391,7 +455,10 @@ class App:
             case ev.Say(level, message, fields):
                 getattr(_log, level)(message, **fields)
             case ev.RunEcu():
-                self._uds.run(command)
+                if self._uds is None:
+                    self._held.append(command)
+                else:
+                    self._uds.run(command)
             case ev.Allow(rights, live):
                 self._rights = rights
                 self._guard.allow(rights, live)
@@ -419,6 +486,10 @@ class App:
 
     def _listen_for(self, rights: Rights) -> None:
         """Receives the answers of every ECU in use, and other testers' requests, at once."""
+        if self._uds is None:  # nothing is asked yet, so nothing answers
+            return
+        from agent.adapters.uds import FUNCTIONAL_IDS, raw_id
+
         ecu_ids: dict[str, frozenset[int]] = {}
         for feature in rights.features.values():
             if (ecu := feature.ecu) is not None and ecu.request_id:
@@ -687,18 +758,23 @@ class App:
         return status
 
     def _ask(self) -> dict[str, object]:
+        from agent.adapters.local_api import ANSWER_S
+
         answer: Future[dict[str, object]] = Future()
         self._queue.put(_Ask(answer))
         return answer.result(timeout=ANSWER_S)
 
     def _take(self, content: bytes) -> dict[str, object]:
         """Takes a file of rights; called in a thread of the local interface."""
+        from agent.adapters.local_api import IMPORT_S
+
         answer: Future[dict[str, object]] = Future()
         self._queue.put(_Import(content, answer))
         return answer.result(timeout=IMPORT_S)
 
-    def _shut_down(self, api: LocalApi) -> None:
-        api.close()
+    def _shut_down(self) -> None:
+        if self._api is not None:
+            self._api.close()
         if self._link is not None:
             self._link.stop()
         for bus in self._buses.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import secrets
 import time
@@ -22,6 +23,17 @@ class SystemClock:
     def wall_ns(self) -> int:
         """The system's Unix time in nanoseconds; not trusted."""
         return time.time_ns()
+
+    def process_age_ms(self) -> int:
+        """Milliseconds since this process began, to a clock tick of 10 ms (proc_pid_stat(5), starttime)."""
+        try:
+            stat = Path("/proc/self/stat").read_text(encoding="ascii", errors="replace")
+            ticks = int(stat.rpartition(")")[2].split()[19])
+        except (OSError, ValueError, IndexError):
+            return 0
+        return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000 - ticks * 1000 // os.sysconf(
+            "SC_CLK_TCK"
+        )
 
     def boot_id(self) -> str:
         """Identifier of this boot (random(4), /proc/sys/kernel/random/boot_id)."""
