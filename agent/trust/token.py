@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -117,7 +118,7 @@ def verify_token(content: bytes, public_key: bytes, vin: str, uid: bytes) -> Tok
             f" found {len(public_key)} and {len(uid)}"
         )
     envelope, claims = _read(content)
-    expected_kid = hashlib.sha256(public_key).digest()[:KID_BYTES]
+    key, expected_kid = _key(public_key)
     if claims.kid != expected_kid:
         raise SignatureError(f"token: expected key {expected_kid.hex()}, found {claims.kid.hex()}")
     link_vin = _text(vin) if claims.link != LINK_UID else b"\xf6"  # null
@@ -126,13 +127,20 @@ def verify_token(content: bytes, public_key: bytes, vin: str, uid: bytes) -> Tok
     # Sig_structure, RFC 9052 section 4.4
     signed = _SIGNATURE1 + _bytes(envelope.protected) + _bytes(external) + _bytes(envelope.payload)
     try:
-        Ed25519PublicKey.from_public_bytes(public_key).verify(envelope.signature, signed)
+        key.verify(envelope.signature, signed)
     except InvalidSignature as error:
         raise SignatureError(
             f"token: signature of key {expected_kid.hex()} does not hold: forged, or made for"
             f" another vehicle than {vin} or another ECU than {uid.hex()}"
         ) from error
     return claims
+
+
+@lru_cache(maxsize=8)
+def _key(public_key: bytes) -> tuple[Ed25519PublicKey, bytes]:
+    """A token key and its id: the same few keys verify every token."""
+    kid = hashlib.sha256(public_key).digest()[:KID_BYTES]
+    return Ed25519PublicKey.from_public_bytes(public_key), kid
 
 
 def parse_announcement(content: bytes) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from support.agent_world import AgentWorld
@@ -90,16 +91,16 @@ def test_status_warns_while_the_agent_runs_and_while_it_does_not(
     assert "uncertainty unknown" in out
 
 
-def test_log_warns_at_start_and_then_once_a_day(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_log_warns_at_start_and_then_once_a_day(tmp_path: Path) -> None:
     world = AgentWorld(tmp_path)
     world.supplied()
     world.machine.true_ms += 20 * DAY_MS
     with world.boot() as life:
         life.tell(life.app._booted)
         world.machine.true_ms += 20 * DAY_MS
-        caplog.clear()
-        for _ in range(200):
-            world.machine.true_ms += 15 * 60_000
-            life.app._watch()
-    said = [r for r in caplog.records if "catalogue targets end" in r.getMessage()]
+        with mock.patch("agent.app._log") as log:
+            for _ in range(200):
+                world.machine.true_ms += 15 * 60_000
+                life.app._watch()
+    said = [call for call in log.warning.call_args_list if "catalogue targets end" in call.args[0]]
     assert len(said) == 3  # 50 hours
