@@ -11,7 +11,7 @@ PROTOS := $(shell find proto -name '*.proto' | sort)
 SERVICES := $(shell find proto -name '*_service.proto' | sort)
 CODE := agent bench cloud common deploy firmware_sim keys tests
 
-.PHONY: help run test test-crash simulate fuzz mutants nightly lint format proto proto-check lock bench clean
+.PHONY: help run soak test test-crash simulate fuzz mutants nightly lint format proto proto-check lock bench clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -84,6 +84,9 @@ lock: ## Renew the lock files (needs uv)
 
 bench: $(STAMP) ## Benchmarks; prints figures (ARGS=NAME for one of them)
 	@$(BIN)/python -m bench $(ARGS)
+
+soak: $(STAMP) ## An hour of an agent at full load: memory, wake-ups, journal (SECONDS=3600)
+	@SECONDS=$(or $(SECONDS),3600) $(BIN)/python -m bench.soak
 
 clean: ## Remove what was made, the environment included
 	rm -rf $(VENV) .cache run dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

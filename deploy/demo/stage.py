@@ -339,7 +339,7 @@ class Stage:
             },
         )
         self.cloud_config.write_text(text)
-        ready = self._start("cloud", "fod-cloud", "serve", "--config", self.cloud_config)
+        ready = self.start("cloud", "fod-cloud", "serve", "--config", self.cloud_config)
         self.cloud_port, self.enrolment_port = ready["port"], ready["enrolment_port"]
         text = _filled(text, {endpoint: f'endpoint = "127.0.0.1:{self.cloud_port}"'})
         self.cloud_config.write_text(text)
@@ -360,7 +360,7 @@ class Stage:
         text = text[: text.index("[[timeline]]")] + '[[timeline]]\nat_s = 0\ndo = "ignition on"\n'
         path = self.folder / "scenario.toml"
         path.write_text(text)
-        self.bus = self._start("vehicle", "fod-sim", "run", path, "--stdin")
+        self.bus = self.start("vehicle", "fod-sim", "run", path, "--stdin")
         self.event("the ignition is on", lambda e: e["event"] == "ignition")
         return self.sim
 
@@ -397,7 +397,8 @@ class Stage:
         self._programs.pop("agent").kill()
         return time.monotonic()
 
-    def _start(self, name: str, *words: str | Path) -> dict[str, Any]:
+    def start(self, name: str, *words: str | Path) -> dict[str, Any]:
+        """Starts a program, and waits for the line in which it says that it is ready; returns that."""
         program = self._spawn(name, *words)
         return self.until(
             f"{name} is ready", lambda: next((e for e in program.events() if e["event"] == "ready"), None)
