@@ -38,8 +38,12 @@ QUIET_S: Final = 0.1
 """Silence, in seconds, after which an answer is complete that does not show its end."""
 MAX_GREETING_BYTES: Final = 262_144
 """Most that an adapter may still send after its channel was closed."""
-URGENT_STEP_S: Final = 0.002
-"""Longest time, in seconds, that an urgent frame waits in a window."""
+URGENT_STEP_NS: Final = 5_000_000
+"""Longest time that an urgent frame waits in a window."""
+ANSWER_STEP_NS: Final = 1_000_000
+"""The same, while an answer may be on its way."""
+ATTENTIVE_NS: Final = 200_000_000
+"""How long, after a frame was sent or an urgent one came, an answer may be on its way; above UDS's P2."""
 STATUS_EVERY_NS: Final = 1_000_000_000
 """How often the adapter is asked for its status."""
 MAX_UNANSWERED: Final = 3
@@ -49,6 +53,7 @@ SEND_TIMEOUT_S: Final = 0.05
 MAX_WINDOW_BYTES: Final = 262_144
 """Most that is read in one window."""
 _READ_BYTES: Final = 65_536
+_FULL_READ_BYTES: Final = 2_048
 
 NOMINAL: Final = {
     10_000: b"S0",
@@ -125,7 +130,7 @@ class SlcanBus:
         self._lost = ""
         self._is_closed = False
         self._reading, self._writing = threading.Lock(), threading.Lock()
-        self._status_ns, self._asked = 0, 0
+        self._status_ns, self._asked, self._attentive_ns = 0, 0, 0
         commands = self._configuration(data_bitrate)
         self._port = _open_port(channel)
         self._fd = self._port.fileno()
@@ -256,31 +261,35 @@ class SlcanBus:
         urgent = self._lines.selection.urgent
         # Without urgent frames nothing is looked at before the window is over.
         wait_ns = 0 if urgent else self._window_ns
+        ends_ns = begun_ns + self._window_ns
         received = b""
         while True:
             is_waken = wait_ns > 0 and bool(self._waking.poll(wait_ns / 1e6))
             received += self._read_all()
-            left_ns = begun_ns + self._window_ns - self._monotonic_ns()
-            if left_ns <= 0 or is_waken or self._lost or len(received) > MAX_WINDOW_BYTES:
+            now_ns = self._monotonic_ns()
+            if now_ns >= ends_ns or is_waken or self._lost or len(received) > MAX_WINDOW_BYTES:
                 return received
+            step_ns = ANSWER_STEP_NS if now_ns < self._attentive_ns else URGENT_STEP_NS
             if urgent and urgent.search(b"\r" + self._lines.rest + received):
+                self._attentive_ns = now_ns + ATTENTIVE_NS
                 return received
-            wait_ns = min(left_ns, int(URGENT_STEP_S * 1e9))
+            wait_ns = min(ends_ns - now_ns, step_ns)
 
     def _read_all(self) -> bytes:
         """What is there now; `_lost` says if the adapter is gone."""
-        pieces = []
-        size = 0
+        received = b""
         try:
-            while size <= MAX_WINDOW_BYTES and not self._is_closed:
+            while not self._is_closed:
                 piece = self._read_some()
-                pieces.append(piece)
-                size += len(piece)
+                received += piece
+                # A read returns what the line holds, and a short one has emptied it.
+                if len(piece) < _FULL_READ_BYTES or len(received) > MAX_WINDOW_BYTES:
+                    break
         except BlockingIOError:
             pass
         except OSError as error:
             self._lost = f"the adapter is gone: {error.strerror or error}"
-        return b"".join(pieces)
+        return received
 
     def _read_some(self) -> bytes:
         """Raises BlockingIOError if nothing is there, and OSError if nothing will ever be."""
@@ -320,6 +329,7 @@ class SlcanBus:
         except ValueError as error:
             raise OSError(errno.EINVAL, str(error), self._channel) from error
         self._write(line)
+        self._attentive_ns = self._monotonic_ns() + ATTENTIVE_NS
 
     def close(self) -> None:
         """As `OpenBus.close`."""
