@@ -261,11 +261,13 @@ def test_an_adapter_without_status_is_asked_no_more(answer: Callable[[bytes], by
     hours_ns = iter(range(0, 10**18, 10**12))
     with plugged(answer) as adapter:
         bus = SlcanBus(
-            adapter.path, None, fd=False, listen_only=True, window_s=0, monotonic_ns=lambda: next(hours_ns)
+            adapter.path, None, fd=False, listen_only=False, window_s=0, monotonic_ns=lambda: next(hours_ns)
         )
         for can_id in range(0x100, 0x120):
             adapter.say(b"t%03X0\r" % can_id)
             assert [f.can_id for f in read(bus, 1)] == [can_id]
+        bus.send(0x7E0, b"", is_fd=False)
+        adapter.heard(b"t7E00")  # and with it all that was said before
         assert adapter.commands.count(b"F") == slcan.MAX_UNANSWERED
         assert bus.dropped == 0
         bus.close()
