@@ -236,8 +236,13 @@ class SlcanBus:
 
     @property
     def dropped(self) -> int:
-        """Frames that the adapter says it lost, and lines that may have been frames; at least."""
+        """Frames that the adapter says it lost, and what is malformed; at least."""
         return self._lines.dropped
+
+    @property
+    def malformed(self) -> int:
+        """Lines that are nothing known, and may have been frames."""
+        return self._lines.malformed
 
     def read(self, timeout_s: float) -> Sequence[RawFrame]:
         """As `OpenBus.read`."""

@@ -19,7 +19,14 @@ from itertools import count
 from types import MappingProxyType
 from typing import Final
 
-from agent.adapters.bus import CAN_EFF_FLAG, CAN_ERR_FLAG, RawFrame
+from agent.adapters.bus import (
+    CAN_EFF_FLAG,
+    CAN_EFF_MASK,
+    CAN_ERR_FLAG,
+    FD_LENGTHS,
+    MAX_CLASSIC_BYTES,
+    RawFrame,
+)
 
 MAX_LINE_BYTES: Final = 256
 """Longest line that is kept; a frame with 64 bytes of data and a time stamp has 146."""
@@ -29,13 +36,11 @@ MAX_GARBAGE_LINES: Final = 100
 """Lines that are nothing known, without a good one between, that make the adapter count as lost."""
 MAX_QUIET_ERRORS: Final = 3
 """Statuses with bus errors, without a frame between, that make the bus count as lost."""
-FD_SIZES: Final = (*range(9), 12, 16, 20, 24, 32, 48, 64)
-"""Bytes of data for each data length code (ISO 11898-1:2015, table 5)."""
+FD_SIZES: Final = tuple(sorted(FD_LENGTHS))
+"""Bytes of data for each data length code."""
 
-_CLASSIC_BYTES: Final = 8
 _STAMP_WRAP_MS: Final = 60_000
 _NS_PER_MS: Final = 1_000_000
-_MAX_STANDARD_ID: Final = 0x7FF
 _UNKNOWN_FORM: Final = -MAX_LINE_BYTES
 _STAMP_FORMS: Final = frozenset({0, 2, 4})
 """Bytes of time stamp behind the data: none, milliseconds (Z1), microseconds (Z2, which some have)."""
@@ -101,7 +106,7 @@ class Selection:
         if kind not in b"rR" and (self._wanted is None or can_id in self._wanted):
             size = FD_SIZES[int(match[5], 16)]
             # A classic frame with a code above 8 has 8 bytes (ISO 11898-1:2015, table 5).
-            head = (can_id, match.end(), min(size, _CLASSIC_BYTES) if kind in b"tT" else size)
+            head = (can_id, match.end(), min(size, MAX_CLASSIC_BYTES) if kind in b"tT" else size)
         if len(self.heads) >= MAX_HEADS:
             self.heads = dict(_NO_FRAME)
         self.heads[match[0]] = head
@@ -113,7 +118,7 @@ def _pattern(can_ids: frozenset[int]) -> re.Pattern[bytes]:
     texts = []
     for can_id in sorted(can_ids):
         is_extended = bool(can_id & CAN_EFF_FLAG)
-        digits = f"{can_id & ~CAN_EFF_FLAG:0{8 if is_extended else 3}X}"
+        digits = f"{can_id & CAN_EFF_MASK:0{8 if is_extended else 3}X}"
         either = "".join(f"[{d}{d.lower()}]" if d.isalpha() else d for d in digits)
         texts.append(("[TDB]" if is_extended else "[tdb]") + either)
     return re.compile(f"[\r\a\n](?:{'|'.join(texts)})".encode())
@@ -125,7 +130,8 @@ class LineDecoder:
     Attributes:
         selection: what is received; replaced as a whole, by any thread.
         rest: the line that has not ended yet.
-        dropped: frames that the adapter says it lost, and lines that may have been frames; at least.
+        dropped: frames that the adapter says it lost, and what is malformed; at least.
+        malformed: lines that are nothing known, and may have been frames.
         refused: commands that were answered by BEL.
         statuses: answers to F.
         lost: why the bus has to be opened again; empty: it does not.
@@ -134,7 +140,7 @@ class LineDecoder:
     def __init__(self) -> None:
         self.selection = Selection()
         self.rest = b""
-        self.dropped = self.refused = self.statuses = 0
+        self.dropped = self.malformed = self.refused = self.statuses = 0
         self.lost = ""
         self._stamp_bytes = _UNKNOWN_FORM
         self._is_overlong = False
@@ -217,6 +223,7 @@ class LineDecoder:
     def _count(self, garbage: int, lines: int) -> None:
         """Counts lines that are nothing known, of a number of lines."""
         self.dropped += garbage
+        self.malformed += garbage
         self._garbage = self._garbage + garbage if garbage == lines else 0
         if self._garbage >= MAX_GARBAGE_LINES:
             self.lost = (
@@ -305,12 +312,12 @@ def line_of(can_id: int, data: bytes, *, is_fd: bool) -> bytes:
     Raises:
         ValueError: a length that the kind of frame does not have.
     """
-    most = FD_SIZES[-1] if is_fd else _CLASSIC_BYTES
+    most = FD_SIZES[-1] if is_fd else MAX_CLASSIC_BYTES
     if len(data) > most or len(data) not in FD_SIZES:
         raise ValueError(
             f"{len(data)} bytes of data: no {'CAN FD' if is_fd else 'classic CAN'} frame has them"
         )
     letter = "d" if is_fd else "t"
-    identifier = can_id & ~CAN_EFF_FLAG
+    identifier = can_id & CAN_EFF_MASK
     text = f"{letter.upper()}{identifier:08X}" if can_id & CAN_EFF_FLAG else f"{letter}{identifier:03X}"
     return f"{text}{FD_SIZES.index(len(data)):X}{data.hex().upper()}\r".encode("ascii")

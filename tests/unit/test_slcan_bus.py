@@ -26,14 +26,6 @@ from agent.adapters import slcan
 from agent.adapters.bus import CAN_EFF_FLAG, CAN_ERR_FLAG, BusLostError
 from agent.adapters.slcan import SlcanBus, _timing
 
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Adapters that do not answer are not waited for."""
-    monkeypatch.setattr(slcan, "ANSWER_S", 0.05)
-    monkeypatch.setattr(slcan, "QUIET_S", 0.02)
-
-
 # --- opening ------------------------------------------------------------------
 
 
@@ -104,11 +96,12 @@ def test_frames_that_come_with_the_answer_are_read_at_once() -> None:
 
 
 def test_an_adapter_that_starts_late_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slcan, "ANSWER_S", 0.05)
     greetings: list[bytes] = []
 
     def late(command: bytes) -> bytes:
         greetings.extend([command] if command == b"V" else [])
-        return lawicel(command) if len(greetings) > 3 else b""
+        return lawicel(command) if len(greetings) > 1 else b""
 
     with plugged(late) as adapter, opened(adapter) as bus:
         adapter.say(b"t1230\r")
@@ -131,8 +124,14 @@ def refusing(*commands: bytes) -> Callable[[bytes], bytes]:
     ],
 )
 def test_what_cannot_be_opened_says_why_and_what_to_do(
-    answer: Callable[[bytes], bytes], bitrate: int, fd: bool, listen_only: bool, why: str
+    answer: Callable[[bytes], bytes],
+    bitrate: int,
+    fd: bool,
+    listen_only: bool,
+    why: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(slcan, "GREETINGS", 2)
     with plugged(answer) as adapter:
         descriptors = len(list(Path("/proc/self/fd").iterdir()))
         with pytest.raises(BusLostError, match=why), opened(adapter, bitrate, fd=fd, listen_only=listen_only):
