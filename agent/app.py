@@ -265,7 +265,9 @@ class App:
 
     def _make_bus(self, bus: BusConfig) -> CanBus:
         options: dict[str, Any] = {
-            name: value for name in ("host", "port", "speed") if (value := getattr(bus, name)) is not None
+            name: value
+            for name in ("host", "port", "speed", "data_bitrate")
+            if (value := getattr(bus, name)) is not None
         }
         plan = self._plans.get(bus.name)
         watches: dict[int, Watch] = {}

@@ -65,6 +65,7 @@ class BusConfig:
     channel: str = option()
     bitrate: int | None = option(default=None, minimum=10_000, maximum=1_000_000)
     fd: bool = option(default=False)
+    data_bitrate: int | None = option(default=None, minimum=500_000, maximum=8_000_000)
     host: str | None = option(default=None)
     port: int | None = option(default=None, minimum=1, maximum=MAX_PORT)
     speed: float | None = option(default=None, minimum=0)
@@ -76,6 +77,8 @@ class BusConfig:
         """Cross-checks of one bus."""
         if (self.database is None) != (self.signals is None):
             yield "database", "database and signals go together: one of them is missing"
+        if self.data_bitrate is not None and (self.interface != "slcan" or not self.fd):
+            yield "data_bitrate", "only slcan with fd has one; that of socketcan is set by ip link"
         if self.changes_only and (self.interface != "socketcan" or self.fd):
             yield "changes_only", "only socketcan without fd can do it"
 

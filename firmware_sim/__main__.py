@@ -1,4 +1,4 @@
-"""The command `fod-sim`: simulated vehicle, log replay and diagnostic tester."""
+"""The command `fod-sim`: simulated vehicle, serial CAN adapter, log replay and diagnostic tester."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ import can
 from common import cli
 from common import log as logs
 from common.config import ConfigError, read
-from firmware_sim import control, replay, tester
+from firmware_sim import adapter_run, control, replay, tester
+from firmware_sim.adapter import BITRATES
 from firmware_sim.frame import Frame
 from firmware_sim.hub import CHANNEL, HOST, to_message
+from firmware_sim.hub_client import HubError
 from firmware_sim.run import ScenarioError, simulate
 from firmware_sim.scenario import BusConfig, Scenario
 from firmware_sim.transport import TransportError, open_bus
@@ -38,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(arguments.command(arguments))
     except (ConfigError, ScenarioError) as error:
         return cli.fail(str(error), code=cli.EXIT_USAGE)
-    except (TransportError, replay.ReplayError, tester.TesterError) as error:
+    except (TransportError, HubError, adapter_run.SourceError) as error:
+        return cli.fail(str(error))
+    except (replay.ReplayError, tester.TesterError) as error:
         return cli.fail(str(error))
     except BrokenPipeError:
         return cli.EXIT_FAILED  # whoever read our output has gone
@@ -94,6 +98,27 @@ async def _replay_on_a_bus(arguments: argparse.Namespace, known: frozenset[int] 
         )
     finally:
         await opened.close()
+
+
+def _adapter(arguments: argparse.Namespace) -> int:
+    log_only = (arguments.rate, arguments.seconds, arguments.wait_client or None)
+    if arguments.log is None and any(value is not None for value in log_only):
+        return cli.fail("--rate, --seconds and --wait-client go with --log", code=cli.EXIT_USAGE)
+    options = adapter_run.Options(
+        log=arguments.log,
+        rate=arguments.rate,
+        duration_s=arguments.seconds,
+        wait_client=arguments.wait_client,
+        host=arguments.host,
+        port=arguments.port,
+        channel=arguments.socketcan,
+        fd=arguments.fd,
+        bitrate=arguments.bitrate,
+        link=arguments.link,
+        faults=arguments.fault,
+    )
+    asyncio.run(adapter_run.run(options))
+    return cli.EXIT_DONE
 
 
 def _tester(arguments: argparse.Namespace) -> int:
@@ -168,6 +193,50 @@ def _parser() -> argparse.ArgumentParser:
     _add_bus(again)
     again.set_defaults(command=_replay)
 
+    adapter = commands.add_parser(
+        "adapter",
+        help="be a serial CAN adapter (slcan) on a pseudo-terminal",
+        description="Is a USB-CAN adapter that speaks slcan, on a pseudo-terminal, before a bus or a log.\n"
+        "Prints where its serial line is, then runs until its source ends, or Ctrl-C.\n\nExamples:\n"
+        "  fod-sim adapter --port 29536 --link /tmp/ttySIM        # before the hub of fod-sim run\n"
+        "  fod-sim adapter --log drive.log --rate 4500 --seconds 60   # a full 500 kbit/s bus\n"
+        "  fod-sim adapter --log drive.log --link /tmp/ttySIM --fault pull@5 --fault plug@8",
+        epilog="Faults: pull (unplugged), plug (plugged again), overrun (loses 10 frames, and says so),\n"
+        "garbage (says what no adapter says), bus-off (until the channel is opened again).",
+        formatter_class=shape,
+    )
+    source = adapter.add_mutually_exclusive_group(required=True)
+    source.add_argument("--log", type=Path, help="any log that python-can reads")
+    source.add_argument("--port", type=_port, help="port of a socketcand hub")
+    source.add_argument("--socketcan", metavar="NAME", help="a SocketCAN interface, such as vcan0")
+    adapter.add_argument("--host", default=HOST, help=f"of the hub; default: {HOST}")
+    adapter.add_argument(
+        "--rate", type=_rate, metavar="N", help="frames of the log a second; default: as recorded"
+    )
+    adapter.add_argument(
+        "--seconds", type=_seconds, metavar="S", help="repeat the log for so long; default: once"
+    )
+    adapter.add_argument("--wait-client", action="store_true", help="begin when the channel has been opened")
+    adapter.add_argument("--fd", action="store_true", help="an adapter for CAN FD (commands d, D, b, B, Y)")
+    adapter.add_argument(
+        "--bitrate",
+        type=_bitrate,
+        metavar="B",
+        help="of the bus; a client that sets another one gets bus errors",
+    )
+    adapter.add_argument(
+        "--link", type=Path, metavar="PATH", help="symbolic link to the serial line; replaced"
+    )
+    adapter.add_argument(
+        "--fault",
+        type=_fault,
+        action="append",
+        default=[],
+        metavar="KIND@S",
+        help="misbehave after S seconds (with --wait-client: after the channel was opened); may be repeated",
+    )
+    adapter.set_defaults(command=_adapter)
+
     ask = commands.add_parser(
         "tester",
         help="send UDS requests to an ECU",
@@ -204,7 +273,7 @@ def _can_id(text: str) -> int:
     return _within(text, 0, 0x7FF, lambda digits: int(digits, 0))
 
 
-def _within(text: str, lowest: int, highest: int, read_number: Callable[[str], _Number]) -> _Number:
+def _within(text: str, lowest: float, highest: float, read_number: Callable[[str], _Number]) -> _Number:
     try:
         value = read_number(text)
     except ValueError as error:
@@ -220,6 +289,25 @@ def _speed(text: str) -> float:
 
 def _seconds(text: str) -> float:
     return _within(text, 0, 3600, float)
+
+
+def _rate(text: str) -> float:
+    return _within(text, 0.001, 100_000, float)
+
+
+def _bitrate(text: str) -> int:
+    if text not in map(str, BITRATES):
+        raise argparse.ArgumentTypeError(f"{text} is not one of {', '.join(map(str, BITRATES))}")
+    return int(text)
+
+
+def _fault(text: str) -> adapter_run.Fault:
+    kind, _, at_s = text.partition("@")
+    if kind not in adapter_run.FAULTS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected KIND@S, KIND one of {', '.join(adapter_run.FAULTS)}"
+        )
+    return adapter_run.Fault(kind, _seconds(at_s))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Every frame that one member sends reaches all others, stamped with the hub's
 time. Speaks the part of the socketcand protocol (github.com/linux-can/socketcand)
 that python-can's `socketcand` interface uses: open, rawmode, echo, send, and
 `frame` and `error` towards the client. Classic frames only; the protocol has
-no remote frames. A client that reads too slowly loses frames, which are
+no remote and no CAN FD frames. A client that reads too slowly loses frames, which are
 counted and logged; memory stays bounded.
 """
 
@@ -159,7 +159,7 @@ class _Client(asyncio.Protocol):
 
     def deliver(self, frame: Frame) -> None:
         transport = self._transport
-        if transport is None or not self._is_raw or frame.remote_dlc is not None:
+        if transport is None or not self._is_raw or frame.remote_dlc is not None or frame.is_fd:
             return
         if transport.get_write_buffer_size() > MAX_BACKLOG_BYTES:
             if self._dropped == 0:
@@ -223,15 +223,17 @@ class SocketCan:
     Args:
         bus: the wire.
         channel: interface, such as "vcan0".
+        fd: CAN FD frames as well.
 
     Raises:
         OSError, can.CanError: the interface cannot be opened.
     """
 
-    def __init__(self, bus: Bus, channel: str) -> None:
+    def __init__(self, bus: Bus, channel: str, *, fd: bool = False) -> None:
         self._bus = bus
-        self._port = can.Bus(interface="socketcan", channel=channel)
+        self._port = can.Bus(interface="socketcan", channel=channel, fd=fd)
         self._dropped = 0
+        bus.join(self)
         asyncio.get_running_loop().add_reader(self._port.fileno(), self._receive)
 
     def deliver(self, frame: Frame) -> None:
@@ -244,7 +246,8 @@ class SocketCan:
             self._dropped += 1
 
     def close(self) -> None:
-        """Leaves the interface."""
+        """Leaves the interface and the bus."""
+        self._bus.leave(self)
         asyncio.get_running_loop().remove_reader(self._port.fileno())
         self._port.shutdown()
 
@@ -261,14 +264,16 @@ def to_message(frame: Frame) -> can.Message:
         arbitration_id=frame.can_id,
         is_extended_id=frame.is_extended,
         is_remote_frame=frame.remote_dlc is not None,
+        is_fd=frame.is_fd,
+        bitrate_switch=frame.is_switched,
         dlc=len(frame.data) if frame.remote_dlc is None else frame.remote_dlc,
         data=None if frame.remote_dlc is not None else frame.data,
     )
 
 
 def from_message(message: can.Message) -> Frame | None:
-    """A classic frame from python-can's message; None for errors and CAN FD."""
-    if message.is_error_frame or message.is_fd:
+    """The frame of python-can's message; None for an error frame."""
+    if message.is_error_frame:
         return None
     return Frame(
         message.arbitration_id,
@@ -276,4 +281,6 @@ def from_message(message: can.Message) -> Frame | None:
         time.monotonic_ns(),
         message.is_extended_id,
         message.dlc if message.is_remote_frame else None,
+        message.is_fd,
+        message.bitrate_switch,
     )

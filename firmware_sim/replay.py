@@ -115,7 +115,7 @@ async def replay(
             first_s = message.timestamp
         await _keep_time(summary.frames, begun_s, (message.timestamp - first_s) / speed if speed else 0.0)
         frame = from_message(message)
-        if frame is None:
+        if frame is None or frame.is_fd:
             summary.left_out += 1
             continue
         send(frame)

@@ -68,10 +68,15 @@ class BusEndedError(Exception):
 class OpenBus(Protocol):
     """A bus that is open. `read` belongs to one thread, everything else to any."""
 
-    dropped: int
-    """Frames that the kernel or the adapter says it lost since the bus was opened; at least."""
-    malformed: int
-    """Pieces that were no frame, since the bus was opened."""
+    @property
+    def dropped(self) -> int:
+        """Frames that the kernel or the adapter says it lost since the bus was opened; at least."""
+        ...
+
+    @property
+    def malformed(self) -> int:
+        """Pieces that were no frame, since the bus was opened."""
+        ...
 
     def read(self, timeout_s: float) -> Sequence[RawFrame]:
         """What has arrived, oldest first; waits at most `timeout_s` for the first frame.

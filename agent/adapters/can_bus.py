@@ -445,6 +445,18 @@ def open_adapter(
         from agent.adapters.socketcan import SocketcanBus
 
         return SocketcanBus(channel, fd=fd, window_s=window_s, monotonic_ns=monotonic_ns, wall_ns=wall_ns)
+    if interface == "slcan":
+        from agent.adapters.slcan import SlcanBus
+
+        return SlcanBus(
+            channel,
+            bitrate,
+            fd=fd,
+            listen_only=listen_only,
+            window_s=window_s,
+            monotonic_ns=monotonic_ns,
+            **options,
+        )
     if interface == "socketcand":
         from agent.adapters.socketcand import SocketcandBus
 
@@ -461,8 +473,6 @@ def open_adapter(
         options = {**options, "bitrate": bitrate}
     if fd:
         options = {**options, "fd": True}
-    if listen_only and interface == "slcan":
-        options = {**options, "listen_only": True}
     return open_bus(
         interface, channel, options, window_s=window_s, monotonic_ns=monotonic_ns, wall_ns=wall_ns
     )

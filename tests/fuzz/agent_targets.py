@@ -32,6 +32,7 @@ from agent.adapters import local_api
 from agent.adapters.bus import BusLostError
 from agent.adapters.floors_file import FloorsFile
 from agent.adapters.link import server_roots
+from agent.adapters.slcan_lines import LineDecoder, Selection
 from agent.adapters.socketcand import SocketcandBus
 from agent.config import AgentConfig
 from agent.errors import (
@@ -373,6 +374,32 @@ def _read_all(bus: SocketcandBus) -> str:
             bus.read(0)
         except BusLostError as error:  # the stream's end, its length, or too much that is no frame
             return str(error)
+
+
+SLCAN_LINES = (
+    b"z\rt1232AABB\rT18DAF1103010203\rF00\rt7E80\rr1238\r\rsa000000\r",
+    b"t1232AABBEA5F\rt12301234\rT000001231AA0001\r",
+    b"d1239" + b"00" * 12 + b"\rB18DAF110F" + b"AA" * 64 + b"\r",
+)
+
+
+@target("slcan-lines", lambda: [bytes([n]) + lines for n in (1, 7, 60) for lines in SLCAN_LINES])
+def slcan_lines(content: bytes) -> bool:
+    """What an adapter sends, in pieces of a size, or whole: the frames are the same."""
+    size = max(1, content[0]) if content else 1
+    lines = content[1:]
+    whole, decoder = LineDecoder(), LineDecoder()
+    decoder.selection = whole.selection = Selection(None, frozenset({0x7E8}))
+    expected = whole.decode(lines, 0, 1000)
+    frames = [
+        frame
+        for at in range(0, len(lines), size)
+        for frame in decoder.decode(lines[at : at + size], at, at + size)
+    ]
+    assert [f[:2] for f in frames] == [f[:2] for f in expected]
+    assert all(0 <= f.at_ns <= 1000 and len(f.data) <= 64 for f in expected)
+    assert [f.at_ns for f in frames] == sorted(f.at_ns for f in frames)
+    return decoder.dropped == 0
 
 
 # --- files and the local interface --------------------------------------------------

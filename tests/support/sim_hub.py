@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import can
 
@@ -42,6 +43,19 @@ class RunningHub:
     def send(self, frame: Frame) -> None:
         """Puts a frame on the bus from the simulator's side."""
         self.loop.call_soon_threadsafe(self.bus.send, frame, self.recorder)
+
+    def call(self, work: Callable[[], object]) -> None:
+        """Does something in the hub's thread, and waits until it is done."""
+        done = threading.Event()
+
+        def do() -> None:
+            try:
+                work()
+            finally:
+                done.set()
+
+        self.loop.call_soon_threadsafe(do)
+        assert done.wait(DEADLINE_S)
 
     def client(self) -> can.BusABC:
         """A python-can client that has joined."""
@@ -82,7 +96,7 @@ def receive(bus: can.BusABC, can_id: int) -> can.Message:
 
 
 @contextlib.contextmanager
-def running_hub() -> Iterator[RunningHub]:
+def running_hub(**adapter_options: Any) -> Iterator[RunningHub]:
     """Starts a hub with a serial adapter on free addresses, and ends it."""
     started: list[RunningHub] = []
     is_ready = threading.Event()
@@ -93,7 +107,7 @@ def running_hub() -> Iterator[RunningHub]:
         bus.join(recorder)
         server = Socketcand(bus)
         await server.start(0)
-        adapter = SlcanAdapter(bus)
+        adapter = SlcanAdapter(bus, **adapter_options)
         ended.append(asyncio.Event())
         started.append(RunningHub(asyncio.get_running_loop(), bus, server, adapter, recorder))
         is_ready.set()

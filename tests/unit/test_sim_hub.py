@@ -201,7 +201,7 @@ def test_adapter_answers_each_command_with_cr_or_bel(hub: RunningHub) -> None:
             (b"r1234\r", b"\r"),
             (b"r123400000000\r", b"\a"),
             (b"x\xff\r", b"\a"),
-            (b"y" * 100, b"\a"),
+            (b"y" * 200, b"\a"),
             (b"C\r", b"\r"),
             (b"L\r", b"\r"),
             (b"t1230\r", b"\a"),
