@@ -26,8 +26,9 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from agent import __version__, boot, importing
 from agent import events as ev
+from agent.adapters import signal_table
 from agent.adapters.bus import CAN_EFF_FLAG
-from agent.adapters.can_bus import CanBus
+from agent.adapters.can_bus import CanBus, CanId
 from agent.adapters.clock import SystemClock, SystemRandom
 from agent.adapters.identity import Identity
 from agent.adapters.identity import load as load_identity
@@ -52,10 +53,6 @@ from agent.features.lifecycle import State
 from agent.metering.ledger import check_conditions
 from agent.metering.record import BATCH_DOMAIN, RECEIPT_DOMAIN, batch
 from agent.model import Frame, Rights, Verdict, Versions
-from agent.signals.database import SignalDatabase
-from agent.signals.database import load as load_database
-from agent.signals.mapping import load as load_mapping
-from agent.signals.plan import DecodePlan
 from agent.signals.state import Collector
 from agent.trust.clock import UNKNOWN_UNCERTAINTY_MS, TrustedClock
 from agent.trust.expiry import Ending, endings
@@ -141,19 +138,6 @@ def receipt_key(path: Path) -> Ed25519PublicKey:
     return key
 
 
-def plan_of(bus: BusConfig) -> tuple[SignalDatabase | None, DecodePlan | None]:
-    """Database and decode plan of a bus; None without a database.
-
-    Raises:
-        DatabaseError: they cannot be used.
-    """
-    if bus.database is None or bus.signals is None:
-        return None, None
-    database = load_database(bus.database)
-    entries = load_mapping(bus.signals, database)
-    return database, DecodePlan.compile(database, entries, bus.name, [e.vss for e in entries])
-
-
 class App:
     """A running agent."""
 
@@ -196,9 +180,9 @@ class App:
         self._watch_ns = self._warn_ns = 0
         self._down_reason = ""
         self._guard = Guard(listen_only=config.vehicle.listen_only)
-        plans = [plan for _, plan in map(plan_of, config.buses) if plan is not None]
-        self._plans = {plan.bus_name: plan for plan in plans}
-        self._collector = Collector(plans)
+        loaded = {b.name: signal_table.load(b, config.state.directory) for b in config.buses}
+        self._tables = {name: table for name, table in loaded.items() if table is not None}
+        self._collector = Collector(self._tables)
         now_ns = self._clock.monotonic_ns()
         self._engine = Engine(
             source=identity.source,
@@ -231,7 +215,6 @@ class App:
         options: dict[str, Any] = {
             name: value for name in ("host", "port", "speed") if (value := getattr(bus, name)) is not None
         }
-        plan = self._plans.get(bus.name)
         return CanBus(
             bus.name,
             bus.interface,
@@ -240,13 +223,18 @@ class App:
             bus.fd,
             on_frames=lambda frames: self._queue.put(_Frames(frames)),
             on_state=lambda name, state, reason: self._post(ev.BusChanged(name, state.value, reason)),
-            wanted_ids=plan.can_ids if plan else (),
+            wanted_ids=self._wanted(bus.name),
             listen_only=self._config.vehicle.listen_only,
             monotonic_ns=self._clock.monotonic_ns,
             wall_ns=self._clock.wall_ns,
             uniform=self._random.uniform,
             **options,
         )
+
+    def _wanted(self, bus: str) -> list[CanId] | None:
+        table = self._tables.get(bus)
+        ids: frozenset[int] | None = table.can_ids if table else frozenset()
+        return None if ids is None else [(i & ~CAN_EFF_FLAG, i >= CAN_EFF_FLAG) for i in ids]
 
     # --- the loop ----------------------------------------------------------------
 
@@ -397,9 +385,8 @@ class App:
                 for can_id in (feature.ecu.request_id, feature.ecu.response_id):
                     ids.add((can_id, can_id > 0x7FF))  # noqa: PLR2004 (highest 11-bit identifier)
         for name, bus in self._buses.items():
-            plan = self._plans.get(name)
             try:
-                bus.receive(plan.can_ids if plan else (), urgent.get(name, ()))
+                bus.receive(self._wanted(name), urgent.get(name, ()))
             except VehicleError as error:
                 _log.warning(str(error), bus=name)
 
