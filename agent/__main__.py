@@ -425,8 +425,8 @@ def _age(age_ms: object) -> str:
 
 
 def _check(config: AgentConfig, arguments: argparse.Namespace) -> int:
-    from agent.adapters import identity
-    from agent.app import plan_of, receipt_key
+    from agent.adapters import identity, signal_table
+    from agent.app import receipt_key
     from agent.boot import anchors
     from agent.trust.verifier import check_anchors
 
@@ -435,19 +435,19 @@ def _check(config: AgentConfig, arguments: argparse.Namespace) -> int:
     buses: dict[str, object] = {}
     for bus in config.buses:
         try:
-            database, plan = plan_of(bus)
+            compiled = signal_table.compile_anew(bus)
         except AgentError as error:
             problems += str(error).splitlines()
             continue
+        skipped = [{"file": str(bus.database), **asdict(s)} for s in compiled.skipped] if compiled else []
+        notes = compiled.table.notes if compiled else ()
         buses[bus.name] = {
             "interface": bus.interface,
             "channel": bus.channel,
-            "messages": len(database.messages) if database else 0,
-            "signals": sorted(plan.infos) if plan else [],
-            "skipped": [
-                {"line": s.line, "statement": s.statement, "reason": s.reason}
-                for s in (database.skipped if database else ())
-            ],
+            "messages": compiled.messages if compiled else 0,
+            "signals": sorted(compiled.table.infos) if compiled else [],
+            "skipped": skipped,
+            "not_mapped": [{"file": str(bus.signals), "key": key, "reason": what} for key, what in notes],
         }
     report["buses"] = buses
     for check in (
@@ -485,7 +485,10 @@ def _print_check(report: dict[str, object], buses: dict[str, object], problems: 
             f" {len(bus['signals'])} signals mapped"
         )
         for skipped in bus["skipped"]:
-            print(f"  skipped line {skipped['line']}: {skipped['statement']}: {skipped['reason']}")
+            place = f"{skipped['file']}:{skipped['line']}"
+            print(f"  skipped {place}: {skipped['statement']}: {skipped['reason']}")
+        for note in bus["not_mapped"]:
+            print(f"  not mapped {note['file']}: {note['key']}: {note['reason']}")
     for problem in problems:
         print(f"problem: {problem}", file=sys.stderr)
     if not problems:

@@ -26,8 +26,9 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from agent import __version__, boot, importing
 from agent import events as ev
+from agent.adapters import signal_table
 from agent.adapters.archive import KEY_BYTES, seal
-from agent.adapters.bus import CAN_EFF_FLAG, RawFrame, Watch
+from agent.adapters.bus import RawFrame, Watch
 from agent.adapters.can_bus import CanBus
 from agent.adapters.clock import SystemClock, SystemRandom
 from agent.adapters.identity import Identity
@@ -50,10 +51,6 @@ from agent.features.lifecycle import State
 from agent.metering.ledger import check_conditions
 from agent.metering.record import BATCH_DOMAIN, RECEIPT_DOMAIN, batch
 from agent.model import Frame, Rights, Verdict, Versions
-from agent.signals.database import SignalDatabase
-from agent.signals.database import load as load_database
-from agent.signals.mapping import load as load_mapping
-from agent.signals.plan import DecodePlan
 from agent.signals.state import Collector
 from agent.trust.clock import UNKNOWN_UNCERTAINTY_MS, TrustedClock
 from agent.trust.expiry import Ending, endings
@@ -162,19 +159,6 @@ def receipt_key(path: Path) -> Ed25519PublicKey:
     return key
 
 
-def plan_of(bus: BusConfig) -> tuple[SignalDatabase | None, DecodePlan | None]:
-    """Database and decode plan of a bus; None without a database.
-
-    Raises:
-        DatabaseError: they cannot be used.
-    """
-    if bus.database is None or bus.signals is None:
-        return None, None
-    database = load_database(bus.database)
-    entries = load_mapping(bus.signals, database)
-    return database, DecodePlan.compile(database, entries, bus.name, [e.vss for e in entries])
-
-
 class App:
     """A running agent."""
 
@@ -220,9 +204,9 @@ class App:
         self._watch_ns = self._warn_ns = 0
         self._down_reason = ""
         self._guard = Guard(listen_only=config.vehicle.listen_only)
-        plans = [plan for _, plan in map(plan_of, config.buses) if plan is not None]
-        self._plans = {plan.bus_name: plan for plan in plans}
-        self._collector = Collector(plans)
+        loaded = {b.name: signal_table.load(b, config.state.directory) for b in config.buses}
+        self._tables = {name: table for name, table in loaded.items() if table is not None}
+        self._collector = Collector(self._tables)
         now_ns = self._clock.monotonic_ns()
         self._engine = Engine(
             source=identity.source,
@@ -269,12 +253,12 @@ class App:
             for name in ("host", "port", "speed", "data_bitrate")
             if (value := getattr(bus, name)) is not None
         }
-        plan = self._plans.get(bus.name)
+        table = self._tables.get(bus.name)
         watches: dict[int, Watch] = {}
-        if plan is not None and bus.changes_only:
+        if table is not None and bus.changes_only:
             from agent.adapters.broadcast_manager import watches_of
 
-            watches = watches_of(plan)
+            watches = watches_of(table)
         return CanBus(
             bus.name,
             bus.interface,
@@ -284,7 +268,7 @@ class App:
             on_frames=lambda name, frames: self._queue.put(_Frames(name, frames)),
             on_state=lambda name, state, reason: self._post(ev.BusChanged(name, state.value, reason)),
             on_dropped=lambda *dropped: self._queue.put(_Dropped(*dropped)),
-            wanted_ids=_wanted_ids(plan),
+            wanted_ids=self._wanted(bus.name),
             watches=watches,
             listen_only=self._config.vehicle.listen_only,
             monotonic_ns=self._clock.monotonic_ns,
@@ -292,6 +276,10 @@ class App:
             uniform=self._random.uniform,
             **options,
         )
+
+    def _wanted(self, bus: str) -> frozenset[int] | None:
+        table = self._tables.get(bus)
+        return table.can_ids if table else frozenset()
 
     # --- the loop ----------------------------------------------------------------
 
@@ -379,6 +367,7 @@ class App:
             case _Frames(bus, frames):
                 self._take_frames(bus, frames)
             case _Dropped(bus, from_ns, to_ns, count):
+                self._collector.lost(bus)
                 within_ms = (to_ns - from_ns) // 1_000_000
                 _log.warning("frames were lost", bus=bus, count=count, within_ms=within_ms)
             case _Ask(answer):
@@ -500,7 +489,7 @@ class App:
         self._ecu_ids = ecu_ids
         for name, bus in self._buses.items():
             try:
-                bus.receive(_wanted_ids(self._plans.get(name)), ecu_ids.get(name, ()))
+                bus.receive(self._wanted(name), ecu_ids.get(name, ()))
             except VehicleError as error:
                 _log.warning(str(error), bus=name)
 
@@ -792,12 +781,6 @@ class App:
         patience.cancel()
         self._store.close()
         _log.info("agent has ended")
-
-
-def _wanted_ids(plan: DecodePlan | None) -> frozenset[int]:
-    if plan is None:
-        return frozenset()
-    return frozenset(can_id | (CAN_EFF_FLAG if is_extended else 0) for can_id, is_extended in plan.can_ids)
 
 
 def _versions(versions: Versions) -> pb.RepositoryVersions:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 SignalValue = float | int | str | bool
 
@@ -63,9 +64,8 @@ class SignalInfo:
     max_age_ns: int
 
 
-@dataclass(frozen=True, slots=True)
-class SignalChange:
-    """A signal took a new value.
+class SignalChange(NamedTuple):
+    """A signal took a new value. A tuple, because a full bus brings thousands in a second.
 
     Args:
         at_ns: first frame with the new value.
@@ -85,12 +85,16 @@ class SignalBatch:
 
     Args:
         changes: changed values, in the order of their frames.
-        seen_ns: for each subscribed signal that was ever valid, the time of
-            the latest frame that carried a valid value (changed or not).
+        seen_ns: the signals that were seen since the batch before, changed or
+            not, and the time of the latest frame that carried a valid value.
+        broken: those of them between whose frames others were lost, or could
+            not be used, since the batch before: equal values say nothing of
+            the time between them.
     """
 
     changes: tuple[SignalChange, ...]
     seen_ns: Mapping[str, int]
+    broken: frozenset[str] = frozenset()
 
 
 # --- catalogue ---------------------------------------------------------------

@@ -102,8 +102,20 @@ def parse(raw: bytes, path: Path, kind: type[T]) -> T:
         raise ConfigError(
             [f"{path}:{line}: not TOML: {what}" if line else f"{path}: not TOML: {what}"]
         ) from error
-    reader = _Reader(path, _lines(text))
-    value = reader.table(document, kind, "")
+    return _checked(_Reader(path, _lines(text)), document, kind, "")
+
+
+def check(document: object, path: Path, kind: type[T], key: str) -> T:
+    """Like `parse`, for a part of a document in another form; `key` is where it stands.
+
+    Raises:
+        ConfigError: for all problems together, without lines.
+    """
+    return _checked(_Reader(path, {}), document, kind, key)
+
+
+def _checked(reader: _Reader, document: object, kind: type[T], key: str) -> T:
+    value = reader.table(document, kind, key)
     if reader.problems:
         raise ConfigError(reader.problems)
     return typing.cast("T", value)
@@ -239,7 +251,7 @@ class _Reader:
         if hint is float and type(found) is int:
             found = float(found) if abs(found) < 2**1023 else math.inf
         if type(found) is not expected or (isinstance(found, float) and not math.isfinite(found)):
-            self.problem(key, f"expected {_name(hint)}, found {_describe(found)}")
+            self.problem(key, f"expected {name_of(hint)}, found {_describe(found)}")
             return None
         if isinstance(found, str):
             self.text(found, hint, key, rules)
@@ -277,7 +289,8 @@ def _join(key: str, name: str) -> str:
     return f"{key}.{name}" if key else name
 
 
-def _name(hint: Any) -> str:
+def name_of(hint: Any) -> str:
+    """What a value of a type is called in errors."""
     names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}
     return names.get(hint, str(hint))
 

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from typing import Final
 
 from agent.adapters.bus import (
-    CAN_EFF_FLAG,
     MAX_BATCH_FRAMES,
     MAX_CLASSIC_BYTES,
     WINDOW_S,
@@ -33,7 +32,7 @@ from agent.adapters.bus import (
     Watch,
 )
 from agent.adapters.socketcan import SocketcanBus, drops, force_buffer, stamp_of
-from agent.signals.plan import DecodePlan
+from agent.signals.table import Table
 
 MIN_MAX_AGE_NS: Final = 400_000_000
 """A message whose values grow stale sooner is not worth watching; it stays on the raw socket."""
@@ -193,16 +192,16 @@ class BroadcastManagerBus(SocketcanBus):
         return frames
 
 
-def watches_of(plan: DecodePlan) -> dict[int, Watch]:
+def watches_of(table: Table) -> dict[int, Watch]:
     """What may be watched of a bus: messages without checksum and counter, which need every frame."""
-    watches = {}
-    for (can_id, is_extended), message in plan.messages.items():
-        if message.check is None and message.length <= MAX_CLASSIC_BYTES:
-            watches[can_id | (CAN_EFF_FLAG if is_extended else 0)] = Watch(
-                message.mask.to_bytes(message.length, "little"),
-                min(plan.infos[signal.vss].max_age_ns for signal in message.signals),
-            )
-    return watches
+    return {
+        message.can_id: Watch(
+            message.mask.to_bytes(message.length, "little"),
+            min(signal.max_age_ms for signal in message.signals) * 1_000_000,
+        )
+        for message in table.messages
+        if message.check is None and not message.any_source and message.length <= MAX_CLASSIC_BYTES
+    }
 
 
 def _timeout_ns(watch: Watch) -> int:

@@ -85,14 +85,19 @@ class _TopSpeed:
         self._now_kmh: float | None = None
         self._top_kmh: float | None = None
         self._seen_ns: int | None = None
-        self._was_silent = False
+        self._silent_until_ns: int | None = None
+        """End of the latest hole since that reading; None: there was none."""
 
-    def hear(self, seen_ns: int | None) -> None:
-        """Takes when the signal was heard; a hole longer than its maximum age bounds nothing."""
+    def hear(self, seen_ns: int | None, *, is_broken: bool = False) -> None:
+        """Takes when the signal was heard; a hole longer than its maximum age bounds nothing.
+
+        Args:
+            is_broken: frames were lost since it was heard before.
+        """
         if seen_ns is None:
             return
-        if self._seen_ns is None or seen_ns - self._seen_ns > self._max_age_ns:
-            self._was_silent = True
+        if is_broken or self._seen_ns is None or seen_ns - self._seen_ns > self._max_age_ns:
+            self._silent_until_ns = seen_ns
         self._seen_ns = seen_ns
 
     def take(self, value: SignalValue | None) -> None:
@@ -101,14 +106,16 @@ class _TopSpeed:
             self._now_kmh = float(value)
             self._top_kmh = max(self._top_kmh or 0.0, self._now_kmh)
 
-    def restart(self) -> None:
+    def restart(self, at_ns: int) -> None:
         """The odometer was read: from here on only what comes counts."""
-        self._top_kmh, self._was_silent = self._now_kmh, False
+        self._top_kmh = self._now_kmh
+        if self._silent_until_ns is not None and self._silent_until_ns <= at_ns:
+            self._silent_until_ns = None
 
     def metres(self, elapsed_ns: int, until_ns: int) -> float:
         """The farthest way in that time."""
         silent = self._seen_ns is None or until_ns - self._seen_ns > self._max_age_ns
-        unknown = self._top_kmh is None or silent or self._was_silent
+        unknown = self._top_kmh is None or silent or self._silent_until_ns is not None
         top_kmh = FASTEST_KMH if unknown else (self._top_kmh or 0.0) * SPEED_MARGIN
         return top_kmh * 1000 * max(0, elapsed_ns) / _NS_PER_H
 
@@ -189,7 +196,7 @@ class Meter:
         self._seen = {n: seen[n] for n in self.inputs if n in seen}
         self._top_speed.hear(seen.get(self.spec.speed or ""))
         self._top_speed.take(self._values.get(self.spec.speed or ""))
-        self._top_speed.restart()
+        self._top_speed.restart(now_ns)
         self.odometer_m = odometer_metres(self._values.get(self.spec.odometer or ""))
         self._odometer_at_ns = now_ns
         self._unknown = self._lacks_value()
@@ -207,8 +214,9 @@ class Meter:
             if change.name in self._known:
                 self._queue.append(change)
         self._queue.sort(key=lambda c: c.at_ns)
-        self._hear(batch.seen_ns)
-        self._top_speed.hear(batch.seen_ns.get(self.spec.speed or ""))
+        self._hear(batch)
+        speed = self.spec.speed or ""
+        self._top_speed.hear(batch.seen_ns.get(speed), is_broken=speed in batch.broken)
         frontier_ns = self._frontier(now_ns)
         if self._is_silent(now_ns):
             if not self._unknown:
@@ -259,14 +267,19 @@ class Meter:
             return self.mark_ns
         return min((self._seen[n] for n in inputs), default=now_ns)
 
-    def _hear(self, seen_ns: Mapping[str, int]) -> None:
-        """Takes when each input was heard; a hole longer than its maximum age becomes a gap."""
+    def _hear(self, batch: SignalBatch) -> None:
+        """Takes when each input was heard.
+
+        A hole becomes a gap: nothing heard for longer than its maximum age, or
+        frames lost in between, which may have said something else.
+        """
         for name in self.inputs:
-            seen = seen_ns.get(name)
+            seen = batch.seen_ns.get(name)
             if seen is None:
                 continue
             before = self._seen.get(name)
-            hole = before is None or seen - before > self._infos[name].max_age_ns
+            is_long = before is None or seen - before > self._infos[name].max_age_ns
+            hole = is_long or name in batch.broken
             # Two readings of an odometer tell the distance between them, however far apart.
             if hole and name != self._odometer_name():
                 if before is not None and not self._unknown:
@@ -402,7 +415,7 @@ class Meter:
         before_m, before_ns = self.odometer_m, self._odometer_at_ns
         self.odometer_m, self._odometer_at_ns = reading_m, at_ns
         possible_m = self._possible_m(at_ns - before_ns, at_ns)
-        self._top_speed.restart()
+        self._top_speed.restart(at_ns)
         self._allowed_m += possible_m - 2 * self.step_m()
         if reading_m is None:
             self._segment = None

@@ -21,8 +21,6 @@ from cantools.database.can import Database, Message
 
 from agent.errors import DatabaseError
 
-MAX_FILE_BYTES: Final = 16 * 1024 * 1024
-"""Largest database file that is read."""
 MAX_MESSAGE_BYTES: Final = 1785
 """Longest message: 255 packets of 7 bytes (transport protocol of SAE J1939-21)."""
 MAX_MULTIPLEXER_IDS: Final = 65_536
@@ -107,27 +105,20 @@ class _Statement:
         )
 
 
-def load(path: Path) -> SignalDatabase:
-    """Reads the database at `path`; its format follows from the file's suffix.
+def read(content: bytes, path: Path) -> SignalDatabase:
+    """Reads the database at `path`, whose content is here; its format follows from the suffix.
 
     Raises:
-        DatabaseError: not readable, not a known format, or without any message.
+        DatabaseError: not a known format, or without any message.
     """
     database_format = _FORMATS.get(path.suffix.lower())
     if database_format is None:
         raise DatabaseError(f"{path}: expected a file {', '.join(_FORMATS)}; found suffix {path.suffix!r}")
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise DatabaseError(f"{path}: cannot be read: {error.strerror}") from error
-    if len(raw) > MAX_FILE_BYTES:
-        raise DatabaseError(f"{path}: expected at most {MAX_FILE_BYTES} bytes; found more, nothing is used")
-    return parse(_text(raw, database_format), path, database_format)
+    return parse(_text(content, database_format), path, database_format)
 
 
 def parse(text: str, path: Path, database_format: str = "dbc") -> SignalDatabase:
-    """Like `load`, for a text that is already here; `path` names it in errors.
+    """Like `read`, for a text that is decoded; `path` names it in errors.
 
     Raises:
         DatabaseError: if it holds no message that can be used.

@@ -1,15 +1,16 @@
 """Reads which signal of a database is which VSS signal of the vehicle.
 
-One TOML table `[[signals]]` for each signal; an entry that names a message or
-a signal that the database does not have is an error, never a signal that
-silently stays unknown. All problems come at once, each with file and line.
+The form read here is ours: one TOML table `[[signals]]` for each signal, and
+one `[[messages]]` for each message with an integrity scheme. An entry that
+names a message or a signal that the database does not have is an error, never a
+signal that silently stays unknown. All problems come at once, each with file
+and line. `agent.signals.kuksa` reads the other form into the same entries.
 Raises only DatabaseError.
 """
 
 from __future__ import annotations
 
 import difflib
-import enum
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,45 +18,18 @@ from pathlib import Path
 from typing import Final
 
 from agent.errors import DatabaseError
+from agent.model import SignalValue
+from agent.signals.arithmetic import Program
+from agent.signals.checks import DataIdMode, Scheme
 from agent.signals.database import SignalDatabase
+from agent.signals.units import conversion_problem
 from common import config
 
 MAX_ENTRIES: Final = 4096
 """Most signals that one mapping file may hold."""
 MAX_AGE_LIMIT_MS: Final = 3_600_000
 """Longest age, in milliseconds, at which a value may still count as known."""
-
-# Spellings of the same unit in public databases; the first is that of VSS 4.0.
-_UNITS: Final = (
-    ("km/h", "kph", "kmh", "km/hr"),
-    ("mph", "mi/h"),
-    ("m/s",),
-    ("km",),
-    ("m", "meter", "metre"),
-    ("mi", "mile", "miles"),
-    ("percent", "%"),
-    ("celsius", "degc", "°c", "c"),
-    ("degrees", "deg", "°", "degree"),
-    ("rpm", "1/min"),
-    ("V", "volt", "volts"),
-    ("mV",),
-    ("A", "amp", "amps"),
-    ("kW",),
-    ("W",),
-    ("Nm",),
-    ("s", "sec"),
-    ("ms",),
-)
-_SAME_UNIT: Final = {spelling.casefold(): names[0] for names in _UNITS for spelling in names}
-
-
-class Check(enum.Enum):
-    """How a message protects its content."""
-
-    OPENFOD_J1850 = "openfod-j1850"
-    """CRC-8 SAE J1850 in byte 0, alive counter 0 to 14 in byte 1."""
-    HONDA = "honda"
-    """4-bit sum of nibbles and 2-bit counter, in the signals CHECKSUM and COUNTER."""
+VSS_NAME: Final = r"[A-Za-z][A-Za-z0-9]*(\.[A-Za-z][A-Za-z0-9]*)*"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +43,72 @@ class MappingEntry:
         unit: unit of the values here; "" if they have none.
         scale, offset: value here = value of the database * scale + offset.
         text: take the text of the value table; a value without text is not used.
-        check: the message's integrity scheme, the same in all its entries; a
-            frame that fails is never used.
+        interval_ms: shortest time between two values that are taken; 0: every one is.
+        mapping: value here for each text or number of the database; others are not used.
+        math: arithmetic on the value of the database; empty: none.
+        minimum, maximum: a number outside of them is not used.
+        only_if: raw numbers that other signals of the frame must have.
     """
 
-    vss: str = config.option(pattern=r"[A-Za-z][A-Za-z0-9]*(\.[A-Za-z][A-Za-z0-9]*)*")
+    vss: str
+    message: str
+    signal: str
+    max_age_ms: int
+    unit: str = ""
+    scale: float = 1.0
+    offset: float = 0.0
+    text: bool = False
+    interval_ms: int = 0
+    mapping: tuple[tuple[SignalValue, SignalValue], ...] | None = None
+    math: Program = ()
+    minimum: float | None = None
+    maximum: float | None = None
+    only_if: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class MessageSettings:
+    """[[messages]]: how the frames of one message are recognised and checked.
+
+    Args:
+        name: of the message in the database.
+        check: its integrity scheme; a frame that fails is never used.
+        counter: name of the signal that is its alive counter, where the scheme
+            does not say it itself.
+        data_id, data_id_mode, data_ids, offset: parameters of AUTOSAR E2E, see Check.
+        any_source: SAE J1939: frames of the parameter group from any source
+            address are this message, and raw values that stand for "error" or
+            "not available" (SAE J1939-71, 5.1.4) are not used.
+    """
+
+    name: str
+    check: Scheme | None = None
+    counter: str = ""
+    data_id: int = config.option(default=0, minimum=0, maximum=0xFFFF)
+    data_id_mode: DataIdMode = DataIdMode.BOTH
+    data_ids: tuple[int, ...] = ()
+    offset: int = config.option(default=0, minimum=0, maximum=61)
+    any_source: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SignalMapping:
+    """What a mapping file says.
+
+    Args:
+        notes: what of it is not used: (key in the file, reason).
+    """
+
+    entries: tuple[MappingEntry, ...]
+    messages: tuple[MessageSettings, ...] = ()
+    notes: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class _TomlSignal:
+    """[[signals]], see MappingEntry."""
+
+    vss: str = config.option(pattern=VSS_NAME)
     message: str = config.option()
     signal: str = config.option()
     max_age_ms: int = config.option(minimum=1, maximum=MAX_AGE_LIMIT_MS)
@@ -81,30 +116,58 @@ class MappingEntry:
     scale: float = 1.0
     offset: float = 0.0
     text: bool = False
-    check: Check | None = None
+    interval_ms: int = config.option(default=0, minimum=0, maximum=MAX_AGE_LIMIT_MS)
 
 
 @dataclass(frozen=True)
-class _MappingFile:
-    signals: tuple[MappingEntry, ...]
+class _TomlFile:
+    signals: tuple[_TomlSignal, ...]
+    messages: tuple[MessageSettings, ...] = ()
 
 
-def load(path: Path, database: SignalDatabase) -> tuple[MappingEntry, ...]:
-    """Reads the mapping at `path` for the messages of `database`.
+def read(content: bytes, path: Path, database: SignalDatabase) -> SignalMapping:
+    """Reads a mapping in TOML for the messages of `database`; `path` names it in errors.
 
     Raises:
         DatabaseError: with one line `file:line: key: what` for each problem.
     """
 
     @dataclass(frozen=True)
-    class Checked(_MappingFile):
+    class Checked(_TomlFile):
         def problems(self) -> Iterator[tuple[str, str]]:
-            return _problems(self.signals, database)
+            yield from _problems(_entries(self.signals), database)
+            yield from settings_problems(self.messages, {s.message for s in self.signals}, database)
 
     try:
-        return config.read(path, Checked).signals
+        file = config.parse(content, path, Checked)
     except config.ConfigError as error:
         raise DatabaseError(str(error)) from error
+    return SignalMapping(_entries(file.signals), file.messages)
+
+
+def _entries(signals: tuple[_TomlSignal, ...]) -> tuple[MappingEntry, ...]:
+    return tuple(MappingEntry(**vars(signal)) for signal in signals)
+
+
+def settings_problems(
+    messages: tuple[MessageSettings, ...], used: set[str], database: SignalDatabase
+) -> Iterator[tuple[str, str]]:
+    """What is wrong with settings of messages, as (key, what)."""
+    names = [settings.name for settings in messages]
+    for index, settings in enumerate(messages):
+        key = f"messages[{index}]"
+        message = database.messages.get(settings.name)
+        if message is None:
+            yield f"{key}.name", _no_message(settings.name, database)
+            continue
+        if settings.name not in used:
+            yield f"{key}.name", f"no signal of message {settings.name} is mapped"
+        if settings.name in names[:index]:
+            yield f"{key}.name", f"message {settings.name} stands here twice"
+        if settings.counter and not any(s.name == settings.counter for s in message.signals):
+            known = [s.name for s in message.signals]
+            what = f"message {settings.name} has no signal {settings.counter!r}"
+            yield f"{key}.counter", f"{what}{closest(settings.counter, known)}"
 
 
 def _problems(entries: tuple[MappingEntry, ...], database: SignalDatabase) -> Iterator[tuple[str, str]]:
@@ -112,14 +175,11 @@ def _problems(entries: tuple[MappingEntry, ...], database: SignalDatabase) -> It
         yield "signals", f"{len(entries)} entries are more than the limit of {MAX_ENTRIES}"
         return
     names: set[str] = set()
-    checks: dict[str, Check | None] = {}
     for index, entry in enumerate(entries):
         key = f"signals[{index}]"
         if entry.vss in names:
             yield f"{key}.vss", f"{entry.vss} is mapped twice"
         names.add(entry.vss)
-        if checks.setdefault(entry.message, entry.check) != entry.check:
-            yield f"{key}.check", f"differs from that of another signal of message {entry.message}"
         yield from ((f"{key}.{name}", what) for name, what in _entry_problems(entry, database))
 
 
@@ -131,23 +191,20 @@ def _entry_problems(entry: MappingEntry, database: SignalDatabase) -> Iterator[t
     signal = next((s for s in message.signals if s.name == entry.signal), None)
     if signal is None:
         known = [s.name for s in message.signals]
-        yield (
-            "signal",
-            f"message {entry.message} has no signal {entry.signal!r}{closest(entry.signal, known)}",
-        )
+        what = f"message {entry.message} has no signal {entry.signal!r}"
+        yield "signal", f"{what}{closest(entry.signal, known)}"
         return
-    unscaled = entry.scale == 1 and entry.offset == 0
     if entry.scale == 0 or not math.isfinite(entry.scale):
         yield "scale", f"expected a finite number other than 0, found {entry.scale}"
     if not math.isfinite(entry.offset):
         yield "offset", f"expected a finite number, found {entry.offset}"
     if entry.text and not signal.choices:
         yield "text", f"signal {entry.signal} has no value table in {database.path.name}"
-    if entry.text and not unscaled:
+    if entry.text and (entry.scale != 1 or entry.offset != 0):
         yield "text", "a text has neither scale nor offset"
-    here, there = (_SAME_UNIT.get(unit.casefold()) for unit in (entry.unit, signal.unit or ""))
-    if unscaled and here and there and here != there:
-        yield "unit", f"expected {signal.unit!r} as in {database.path.name}, or a scale; found {entry.unit!r}"
+    wrong = conversion_problem(signal.unit or "", entry.unit, entry.scale, entry.offset)
+    if wrong:
+        yield "unit", f"{database.path.name} has {signal.unit!r}: {wrong}"
 
 
 def _no_message(name: str, database: SignalDatabase) -> str:

@@ -4,25 +4,31 @@ Pure: no I/O, no clock, no randomness. A value that is older than its signal's
 longest age is unknown, and so is one that was never seen. A frame that is too
 short, fails its checksum or repeats its alive counter brings no value and keeps
 none alive; it is counted, and so are the frames that a counter's jump shows as
-lost. What is counted, and what a batch may hold, grows only with the frames
-fed: the reader bounds those.
+lost. Where frames were lost, or did not say what they should have, the batch
+says that the signal's course is broken, so that nobody takes two equal values
+for an unbroken state. What is counted, and what a batch may hold, grows only
+with the frames fed: the reader bounds those.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
 from agent.errors import DatabaseError
 from agent.model import SignalBatch, SignalChange, SignalInfo, SignalValue
-from agent.signals.plan import DecodePlan, MessagePlan
+from agent.signals import checks
+from agent.signals.decoder import decoder, reader, taker
+from agent.signals.table import CAN_EFF_FLAG, MessageRow, Table, parameter_group
 
-_CAN_EFF_FLAG: Final = 0x8000_0000  # include/uapi/linux/can.h
+_NS_PER_MS: Final = 1_000_000
+_FEW_SIGNALS: Final = 4
+_FLAGS: Final = 0xE000_0000  # extended, remote, error (include/uapi/linux/can.h)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class MessageHealth:
     """What became of one message's frames.
 
@@ -42,38 +48,110 @@ class MessageHealth:
     lost: int = 0
 
 
-@dataclass(slots=True)
-class _MessageState:
-    plan: MessagePlan
-    health: MessageHealth = field(default_factory=MessageHealth)
-    masked: int | None = None
-    counter: int | None = None
-    carried: tuple[str, ...] = ()
+class _Unseen:
+    """Stands for the value of a signal that has none yet; equal to nothing."""
+
+
+_UNSEEN: Final = _Unseen()
+
+
+class _Message:
+    """One message of one bus: how it is read, and where its frames are at."""
+
+    __slots__ = (
+        "at_ns",
+        "broken_ns",
+        "carried",
+        "check_failed",
+        "counter_modulus",
+        "data",
+        "decode",
+        "intervals_ns",
+        "is_checked",
+        "last",
+        "length",
+        "lost",
+        "mask",
+        "masked",
+        "name",
+        "names",
+        "next_counter",
+        "noted_ns",
+        "read_counter",
+        "repeated",
+        "residue",
+        "take",
+        "too_short",
+        "used",
+    )
+
+    def __init__(self, row: MessageRow) -> None:
+        self.name = row.name
+        self.length = row.length
+        self.decode = decoder(row)
+        self.take = taker(row)
+        # `take` compares each raw value itself: for few of them a mask before it costs more than it spares.
+        self.mask = 0 if self.take and len(row.signals) <= _FEW_SIGNALS else row.mask
+        self.last: list[int | None] = [None] * len(row.signals)
+        """The raw values of the last frame, for `take`."""
+        self.names = tuple(s.vss for s in row.signals)
+        self.intervals_ns = {s.vss: s.interval_ms * _NS_PER_MS for s in row.signals if s.interval_ms}
+        self.residue = checks.residue(row.check, row.can_id) if row.check else None
+        self.read_counter = reader(row, row.counter) if row.counter else None
+        self.counter_modulus = row.counter_modulus
+        self.is_checked = row.check is not None or row.counter is not None
+        self.next_counter: int | None = None
+        """What the next frame should have; None: anything."""
+        self.data: bytes | None = None
+        """The last payload that was taken."""
+        self.masked = -1
+        """The bits of it that can change a value; -1: look at the next frame in any case."""
+        self.carried: tuple[str, ...] = ()
+        """Names of the signals that it held."""
+        self.at_ns: int | None = None
+        """When it was taken."""
+        self.noted_ns: int | None = None
+        """Up to when that is noted as seen."""
+        self.broken_ns: int | None = None
+        """The frame after which something was lost."""
+        self.used = self.too_short = self.check_failed = self.repeated = self.lost = 0
+
+    @property
+    def health(self) -> MessageHealth:
+        return MessageHealth(self.used, self.too_short, self.check_failed, self.repeated, self.lost)
 
 
 class Collector:
     """Collects what the frames of all buses change, for one window at a time."""
 
-    def __init__(self, plans: Iterable[DecodePlan]) -> None:
-        """Takes one plan for each bus.
+    def __init__(self, tables: Mapping[str, Table]) -> None:
+        """Takes the tables by name of bus.
 
         Raises:
             DatabaseError: two buses bring the same VSS signal.
         """
-        self._messages: dict[str, dict[int, _MessageState]] = {}
+        self._buses: dict[str, tuple[_Message, ...]] = {}
+        self._find: dict[str, Callable[[int], _Message | None]] = {}
         infos: dict[str, SignalInfo] = {}
-        for plan in plans:
-            if twice := sorted(set(infos) & set(plan.infos)):
-                raise DatabaseError(f"bus {plan.bus_name}: {', '.join(twice)} come from another bus already")
-            infos |= plan.infos
-            states = {
-                can_id | (_CAN_EFF_FLAG if extended else 0): _MessageState(message)
-                for (can_id, extended), message in plan.messages.items()
-            }
-            self._messages.setdefault(plan.bus_name, {}).update(states)
+        for bus, table in tables.items():
+            if twice := sorted(infos.keys() & table.infos.keys()):
+                raise DatabaseError(f"bus {bus}: {', '.join(twice)} come from another bus already")
+            infos |= table.infos
+            messages = [(row, _Message(row)) for row in table.messages]
+            self._buses[bus] = tuple(message for _, message in messages)
+            self._find[bus] = _Groups(messages).find
         self.infos: Mapping[str, SignalInfo] = MappingProxyType(infos)
-        self._values: dict[str, SignalValue] = {}
+        self._values: dict[str, SignalValue | _Unseen] = dict.fromkeys(infos, _UNSEEN)
         self._seen_ns: dict[str, int] = {}
+        """When each signal was seen, up to the last batch."""
+        self._fresh_ns: dict[str, int] = {}
+        """The same since the last batch, as far as it is noted."""
+        self._broken: dict[str, int] = {}
+        """Names whose course is broken, and when each was last seen before that; -1: never."""
+        self._mended: set[str] = set()
+        """Names that were broken, and seen again, since the last batch."""
+        self._taken_ns: dict[str, int] = {}
+        """When the value of a signal with an interval was taken."""
         self._changes: list[SignalChange] = []
 
     def feed(self, bus: str, frames: Iterable[tuple[int, bytes, int]]) -> None:
@@ -82,75 +160,194 @@ class Collector:
         Args:
             frames: (`can_id` with the kernel's flags, data, monotonic nanoseconds).
         """
-        states = self._messages.get(bus, {})
-        for can_id, data, at_ns in frames:
-            state = states.get(can_id)
-            if state is not None and _is_usable(state, data):
-                self._decode(state, data, at_ns)
-
-    def _decode(self, state: _MessageState, data: bytes, at_ns: int) -> None:
-        plan = state.plan
-        payload = data[: plan.length]
-        little = int.from_bytes(payload, "little")
-        masked = little & plan.mask
-        if masked == state.masked:
-            for name in state.carried:
-                self._seen_ns[name] = at_ns
+        find = self._find.get(bus)
+        if find is None:
             return
-        state.masked = masked
-        big = int.from_bytes(payload, "big")
-        carried = []
-        for signal in plan.signals:
-            value = signal.value(little, big)
-            if value is None:
+        from_bytes, append = int.from_bytes, self._changes.append
+        for can_id, data, at_ns in frames:
+            message = find(can_id)
+            if message is None:
                 continue
-            carried.append(signal.vss)
-            self._take(signal.vss, value, at_ns)
-        state.carried = tuple(carried)
+            size = len(data)
+            if size != message.length:
+                if size < message.length:
+                    message.too_short += 1
+                    self._break(message)
+                    continue
+                data = data[: message.length]  # noqa: PLW2901 (what is behind the message's end is padding)
+            if message.is_checked:
+                if not self._passes(message, data):
+                    continue
+            elif data == message.data:
+                message.used += 1
+                message.at_ns = at_ns
+                continue
+            message.used += 1
+            message.data = data
+            if message.mask:
+                masked = from_bytes(data, "little") & message.mask
+                if masked == message.masked:
+                    message.at_ns = at_ns
+                    continue
+                message.masked = masked
+            if message.take is None:
+                self._decode(message, data, at_ns)
+            else:
+                message.take(data, at_ns, message.at_ns, message.last, append)
+                message.carried = message.names
+                message.at_ns = at_ns
 
-    def _take(self, name: str, value: SignalValue, at_ns: int) -> None:
-        previous_seen_ns = self._seen_ns.get(name)
-        self._seen_ns[name] = at_ns
-        if previous_seen_ns is None or self._values[name] != value:
-            self._values[name] = value
-            self._changes.append(SignalChange(name, value, at_ns, previous_seen_ns))
+    def lost(self, bus: str) -> None:
+        """Frames of a bus were lost; which ones, nobody knows.
+
+        The course of its signals is broken between the frames that were fed
+        before this call and those that come after it: call it before the frames
+        that were read after the loss are fed, and before the next `drain` at
+        the latest. Whoever cannot tell calls it before and after them.
+        """
+        for message in self._buses.get(bus, ()):
+            message.next_counter = None  # what the jump would show is said already
+            self._break(message)
 
     def drain(self) -> SignalBatch:
-        """The changes since the last call; an empty batch still says what was seen."""
-        batch = SignalBatch(tuple(self._changes), MappingProxyType(dict(self._seen_ns)))
-        self._changes.clear()
+        """What has come since the last call."""
+        for messages in self._buses.values():
+            for message in messages:
+                self._note(message)
+        seen_ns = self._fresh_ns
+        if self._broken:
+            for name in self._broken.keys() & seen_ns.keys():
+                if seen_ns[name] > self._broken[name]:
+                    self._mended.add(name)
+                    del self._broken[name]
+        batch = SignalBatch(tuple(self._changes), MappingProxyType(seen_ns), frozenset(self._mended))
+        self._seen_ns.update(seen_ns)
+        self._changes, self._fresh_ns, self._mended = [], {}, set()
         return batch
 
     @property
     def health(self) -> Mapping[tuple[str, str], MessageHealth]:
-        """Counts by (bus, message name); live objects, for reading only."""
-        return {
-            (bus, state.plan.name): state.health
-            for bus, states in self._messages.items()
-            for state in states.values()
-        }
+        """Counts by (bus, message name)."""
+        return {(bus, m.name): m.health for bus, messages in self._buses.items() for m in messages}
 
-
-def _is_usable(state: _MessageState, data: bytes) -> bool:
-    """Checks and counts one frame."""
-    plan, health = state.plan, state.health
-    if len(data) < plan.length:
-        health.too_short += 1
-        return False
-    if not plan.passes_check(data):
-        health.check_failed += 1
-        return False
-    if plan.counter is not None:
-        payload = data[: plan.length]
-        counter = int(plan.counter.raw(int.from_bytes(payload, "little"), int.from_bytes(payload, "big")))
-        before, state.counter = state.counter, counter
-        if counter == before:
-            health.repeated += 1
+    def _passes(self, message: _Message, data: bytes) -> bool:
+        """Whether a frame's checksum and counter are right; counts it if not."""
+        if message.residue is not None and message.residue(data):
+            message.check_failed += 1
+            self._break(message)
             return False
-        if before is not None:
-            health.lost += (counter - before - 1) % plan.counter_modulus
-    health.used += 1
-    return True
+        if message.read_counter is None:
+            return True
+        counter = message.read_counter(data)
+        if counter == message.next_counter:
+            message.next_counter = (counter + 1) % message.counter_modulus
+            return True
+        return self._follows(message, counter)
+
+    def _follows(self, message: _Message, counter: int) -> bool:
+        """Whether a frame can be used whose counter is not the next one."""
+        modulus, expected = message.counter_modulus, message.next_counter
+        if counter >= modulus:
+            message.check_failed += 1
+            self._break(message)
+            return False
+        message.next_counter = (counter + 1) % modulus
+        if expected is None:
+            return True
+        missing = (counter - expected) % modulus
+        if missing == modulus - 1:
+            message.repeated += 1
+            return False
+        message.lost += missing
+        self._break(message)
+        return True
+
+    def _decode(self, message: _Message, data: bytes, at_ns: int) -> None:
+        """Reads the values of a frame that does not hold the same as the one before."""
+        names, values = message.decode(data)
+        is_same, before_ns = names is message.carried, message.at_ns
+        if not is_same:
+            self._note(message)
+        unused: list[str] = []
+        known = self._values
+        for name, value in zip(names, values, strict=True):
+            if value == known[name]:
+                continue
+            if value is None or (message.intervals_ns and self._is_too_soon(message, name, at_ns)):
+                unused.append(name)
+                continue
+            known[name] = value
+            seen_ns = before_ns if is_same else self._last_seen_ns(name)
+            self._changes.append(SignalChange(name, value, at_ns, seen_ns))
+        if unused:
+            self._note(message)
+            for name in unused:
+                self._break_name(name)
+            names = tuple(name for name in names if name not in unused)
+        if names is not message.carried:
+            message.carried, message.noted_ns = names, None
+        message.at_ns = at_ns
+
+    def _is_too_soon(self, message: _Message, name: str, at_ns: int) -> bool:
+        """Whether the last value was taken too short a time ago; then the next frame is looked at again."""
+        interval_ns = message.intervals_ns.get(name, 0)
+        taken_ns = self._taken_ns.get(name)
+        if taken_ns is None or at_ns - taken_ns >= interval_ns:
+            self._taken_ns[name] = at_ns
+            return False
+        message.masked, message.data = -1, None
+        return True
+
+    # --- what is seen, and what is broken ---------------------------------------
+
+    def _note(self, message: _Message) -> None:
+        """Notes for each signal that a message carries when it was seen, if that is not noted yet."""
+        if message.at_ns is not None and message.at_ns != message.noted_ns:
+            self._fresh_ns.update(dict.fromkeys(message.carried, message.at_ns))
+            message.noted_ns = message.at_ns
+
+    def _last_seen_ns(self, name: str) -> int | None:
+        seen_ns = self._fresh_ns.get(name)
+        return self._seen_ns.get(name) if seen_ns is None else seen_ns
+
+    def _break(self, message: _Message) -> None:
+        """The frames of a message no longer follow one another."""
+        if message.broken_ns == message.at_ns and message.at_ns is not None:
+            return
+        message.broken_ns = message.at_ns
+        self._note(message)
+        for name in message.names:
+            self._break_name(name)
+
+    def _break_name(self, name: str) -> None:
+        last_ns = self._last_seen_ns(name)
+        seen_ns = -1 if last_ns is None else last_ns
+        if seen_ns > self._broken.get(name, seen_ns):
+            self._mended.add(name)
+        self._broken[name] = seen_ns
+
+
+class _Groups:
+    """Finds messages by identifier, and by parameter group where any source address will do."""
+
+    def __init__(self, messages: Iterable[tuple[MessageRow, _Message]]) -> None:
+        self._by_id: dict[int, _Message] = {}
+        self._by_group: dict[int, _Message] = {}
+        for row, message in messages:
+            if row.any_source:
+                self._by_group[parameter_group(row.can_id)] = message
+            else:
+                self._by_id[row.can_id] = message
+
+    @property
+    def find(self) -> Callable[[int], _Message | None]:
+        return self._find if self._by_group else self._by_id.get
+
+    def _find(self, can_id: int) -> _Message | None:
+        message = self._by_id.get(can_id)
+        if message is None and can_id & _FLAGS == CAN_EFF_FLAG:
+            message = self._by_group.get(parameter_group(can_id))
+        return message
 
 
 @dataclass(frozen=True, slots=True)

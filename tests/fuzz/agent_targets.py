@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import socket
 from collections.abc import Callable, Iterable
@@ -45,7 +46,9 @@ from agent.errors import (
 )
 from agent.features.conditions import Condition
 from agent.model import ConditionSpec, TlsAnchor, TrustBytes
-from agent.signals import database, mapping
+from agent.signals import database, kuksa, mapping, table
+from agent.signals.compiler import compile_table
+from agent.signals.decoder import decoder, taker
 from agent.trust import binding
 from agent.trust.anchors import parse_tls_anchors
 from agent.trust.catalogue import parse_feature
@@ -425,13 +428,58 @@ def agent_config() -> bytes:
 
 @target("signal-mapping", lambda: [DEMO_SIGNALS.read_bytes()])
 def signal_mapping(content: bytes) -> bool:
-    """Which signal is which."""
-    path = scratch() / "signals.toml"
-    path.write_bytes(content)
+    """Which signal is which, in our own form."""
+    return _maps(content, mapping.read, "signals.toml")
+
+
+KUKSA = b"""{"Vehicle": {"type": "branch", "children": {
+  "Speed": {"type": "sensor", "datatype": "float", "unit": "km/h", "min": 0, "max": 300,
+    "dbc2vss": {"signal": "VehicleSpeed", "interval_ms": 100, "on_change": true}},
+  "Gear": {"type": "sensor", "datatype": "int8", "dbc2vss": {"signal": "Gear",
+    "transform": {"mapping": [{"from": "P", "to": 0}, {"from": "D", "to": 1}]}}},
+  "Heat": {"type": "actuator", "datatype": "uint8", "unit": "percent",
+    "dbc2vss": {"signal": "BatteryVoltage", "transform": {"math": "floor(min(x*7+1, 100)^1)"}}}}},
+ "openfod": {"messages": [{"name": "PT_SPEED", "check": "openfod-j1850"}]}}
+"""
+
+
+@target("kuksa-mapping", lambda: [KUKSA])
+def kuksa_mapping(content: bytes) -> bool:
+    """Which signal is which, in Kuksa's form."""
+    return _maps(content, kuksa.read, "vss_dbc.json")
+
+
+def _maps(
+    content: bytes, read: Callable[[bytes, Path, database.SignalDatabase], mapping.SignalMapping], name: str
+) -> bool:
     try:
-        mapping.load(path, simulated())
+        found = compile_table(simulated(), read(content, Path(name), simulated()))
     except DatabaseError:
         return False
+    for row in found.messages:
+        decoder(row)(bytes(row.length))
+    return True
+
+
+@functools.cache
+def stored_table() -> bytes:
+    """The simulated vehicle's table as it is kept."""
+    found = mapping.read(DEMO_SIGNALS.read_bytes(), DEMO_SIGNALS, simulated())
+    return table.to_bytes(compile_table(simulated(), found), "key")
+
+
+@target("signal-table", lambda: [stored_table()])
+def signal_table(content: bytes) -> bool:
+    """The stored table of a bus; its hash is made right, so that what is behind it is reached."""
+    body = content.partition(b"\n")[2]
+    head = f"openfod-signals key {hashlib.sha256(body).hexdigest()}\n"
+    try:
+        found = table.from_bytes(head.encode() + body, "key")
+    except DatabaseError:
+        return False
+    for row in found.messages:
+        decoder(row)(bytes(row.length))
+        taker(row)
     return True
 
 
@@ -465,9 +513,7 @@ def load_database(suffix: str) -> Callable[[bytes], object]:
     """A loader of a file of this kind."""
 
     def load(content: bytes) -> object:
-        path = scratch() / f"signals.{suffix}"
-        path.write_bytes(content)
-        return database.load(path)
+        return database.read(content, Path(f"signals.{suffix}"))
 
     return load
 

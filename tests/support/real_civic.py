@@ -25,9 +25,8 @@ import pytest
 from support.signals_data import REPOSITORY, data_file
 
 from agent.model import Frame
-from agent.signals.database import load as load_database
-from agent.signals.mapping import load as load_mapping
-from agent.signals.plan import DecodePlan
+from agent.signals.sources import compile_sources
+from agent.signals.table import Table
 
 LOG_NAME = "civic_typeR_turnonanddrive.log"
 DBC_NAME = "honda_civic_touring_2016_can_generated.dbc"
@@ -48,9 +47,11 @@ class Reading:
 
     Args:
         at_ns: since the log's first frame.
+        follows: no frame is missing before it, as far as the counter tells.
     """
 
     at_ns: int
+    follows: bool
     is_driving: bool
     odometer_m: int
 
@@ -63,7 +64,7 @@ class Figures:
         length_ns: from its first frame to its last.
         odometer_m: last reading less the first.
         certain_ns: by "driving" and "parked": time between two readings that
-            agree and are no further apart than a speed may be old.
+            agree and follow one another, no further apart than a speed may be old.
         held_ns: the same if every reading holds until the next, holes included.
         unsure_ns: time between readings that do not, and at both ends.
         edges: how often time changes between sure and unsure.
@@ -104,7 +105,8 @@ def figures(log: Path, speed: float = 1.0) -> Figures:
         elapsed_ns = after.at_ns - before.at_ns
         status = "driving" if before.is_driving else "parked"
         held[status] += elapsed_ns
-        if before.is_driving == after.is_driving and elapsed_ns <= SPEED_MAX_AGE_NS:
+        agree = before.is_driving == after.is_driving
+        if agree and after.follows and elapsed_ns <= SPEED_MAX_AGE_NS:
             certain[status] += elapsed_ns
         else:
             unsure_ns, edges = unsure_ns + elapsed_ns, edges + 2
@@ -133,6 +135,7 @@ def _read(log: Path, speed: float) -> tuple[int, list[Reading]]:
         readings.append(
             Reading(
                 at_ns=round((at_us - first_us) * 1000 / speed),
+                follows=before is not None and (counter - before) % 4 == 1,
                 is_driving=hundredths >= 100,
                 odometer_m=data[6] * STEP_M,
             )
@@ -142,12 +145,12 @@ def _read(log: Path, speed: float) -> tuple[int, list[Reading]]:
     return round((at_us - first_us) * 1000 / speed), readings
 
 
-def civic_plan() -> DecodePlan:
+def civic_table() -> Table:
     """How the agent reads the car, from the published database and our mapping."""
-    database = load_database(dbc_file())
-    assert tuple(skipped.line for skipped in database.skipped) == MALFORMED_LINES
-    entries = load_mapping(SIGNALS, database)
-    return DecodePlan.compile(database, entries, BUS, [entry.vss for entry in entries])
+    dbc = dbc_file()
+    compiled = compile_sources(dbc.read_bytes(), dbc, SIGNALS.read_bytes(), SIGNALS)
+    assert tuple(skipped.line for skipped in compiled.skipped) == MALFORMED_LINES
+    return compiled.table
 
 
 def civic_frame(at_ns: int, speed_kmh: float, odometer_m: int) -> Frame:

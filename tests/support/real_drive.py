@@ -10,20 +10,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from support.signals_data import REPOSITORY, feed
+from support.signals_data import REPOSITORY, raw_frame
 
 from agent import events as ev
 from agent.engine import Engine
 from agent.metering.meter import OpenWindow
 from agent.metering.record import GENESIS_HASH, Head
 from agent.model import Entitlement, FeatureSpec, Frame, PlanKind, Rights, TrustBytes, Verdict, Versions
-from agent.signals.plan import DecodePlan
 from agent.signals.state import Collector
+from agent.signals.table import Table
 from agent.trust.catalogue import parse_feature
 from agent.trust.clock import TrustedClock
 from openfod.usage.v1 import usage_pb2
 
 LOGBOOK = REPOSITORY / "deploy" / "demo" / "catalogue" / "features" / "drivers-logbook" / "1.toml"
+BUS = "body"
 NS_PER_MS = 1_000_000
 NS_PER_S = 1_000_000_000
 WINDOW_NS = 20 * NS_PER_MS
@@ -106,11 +107,11 @@ def _motion(record: usage_pb2.UsageRecord) -> str:
 class Drive:
     """One life of the agent, from its start with stored rights on."""
 
-    def __init__(self, plan: DecodePlan, journal: Journal, now_ns: int) -> None:
+    def __init__(self, table: Table, journal: Journal, now_ns: int) -> None:
         spec = logbook()
         self._rights = Rights(1, {spec.feature_id: right(spec)}, {spec.feature_id: spec})
         self.journal = journal
-        self._collector = Collector([plan])
+        self._collector = Collector({BUS: table})
         self._window_ends_ns: int | None = None
         self._nonces = 0
         self._engine = Engine(
@@ -145,7 +146,7 @@ class Drive:
             self.wait_until(frame.monotonic_ns)
             if self._window_ends_ns is None:
                 self._window_ends_ns = frame.monotonic_ns + WINDOW_NS
-            feed(self._collector, frame)
+            self._collector.feed(BUS, [raw_frame(frame)])
 
     def wait_until(self, now_ns: int) -> None:
         """Lets time pass; a frame at `now_ns` itself is still to come."""
@@ -198,7 +199,7 @@ class Drive:
 
 
 def drive_with_crashes(
-    plan: DecodePlan, frames: Sequence[Frame], crashes_ns: Iterable[int], dead_ns: int, end_ns: int
+    table: Table, frames: Sequence[Frame], crashes_ns: Iterable[int], dead_ns: int, end_ns: int
 ) -> Journal:
     """Drives until `end_ns`, when the right ends; after each crash the agent is dead for a while.
 
@@ -206,13 +207,13 @@ def drive_with_crashes(
         the journal that all lives of the agent wrote.
     """
     journal, started_ns = Journal(), 0
-    drive = Drive(plan, journal, started_ns)
+    drive = Drive(table, journal, started_ns)
     for crash_ns in sorted(crashes_ns):
         died_ns = max(crash_ns, started_ns)
         drive.feed(frame for frame in frames if started_ns <= frame.monotonic_ns < died_ns)
         drive.wait_until(died_ns)
         started_ns = died_ns + dead_ns
-        drive = Drive(plan, journal, started_ns)
+        drive = Drive(table, journal, started_ns)
     drive.feed(frame for frame in frames if frame.monotonic_ns >= started_ns)
     drive.revoke(end_ns)
     return journal

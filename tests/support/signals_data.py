@@ -6,12 +6,16 @@ import os
 from pathlib import Path
 
 import pytest
+from cantools.database.can import Signal
 
 from agent.adapters.bus import CAN_EFF_FLAG, RawFrame
-from agent.model import Frame
-from agent.signals.database import SignalDatabase, load, parse
-from agent.signals.mapping import Check, MappingEntry
+from agent.model import Frame, SignalValue
+from agent.signals.compiler import compile_table
+from agent.signals.database import SignalDatabase, parse, read
+from agent.signals.decoder import decoder
+from agent.signals.mapping import MappingEntry, MessageSettings, SignalMapping
 from agent.signals.state import Collector
+from agent.signals.table import MessageRow, Table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SIMULATED_DBC = REPOSITORY / "firmware_sim" / "data" / "openfod_sim.dbc"
@@ -59,32 +63,50 @@ def simulated_database() -> SignalDatabase:
     return load(SIMULATED_DBC)
 
 
-def feed(collector: Collector, frame: Frame) -> None:
-    """Gives a collector one frame as a bus adapter brings it."""
+def raw_frame(frame: Frame) -> RawFrame:
+    """The frame as a bus adapter brings it."""
     flags = CAN_EFF_FLAG if frame.is_extended else 0
-    collector.feed(frame.bus, [RawFrame(frame.can_id | flags, frame.data, frame.monotonic_ns)])
+    return RawFrame(frame.can_id | flags, frame.data, frame.monotonic_ns)
+
+
+def feed(collector: Collector, *frames: Frame) -> None:
+    """Gives a collector frames one by one, each on its bus."""
+    for frame in frames:
+        collector.feed(frame.bus, [raw_frame(frame)])
+
+
+def load(path: Path) -> SignalDatabase:
+    """The database of a file."""
+    return read(path.read_bytes(), path)
+
+
+def table_of(
+    database: SignalDatabase, *entries: MappingEntry, messages: tuple[MessageSettings, ...] = ()
+) -> Table:
+    """The table of these entries."""
+    return compile_table(database, SignalMapping(entries, messages))
+
+
+def decoded(row: MessageRow, payload: bytes) -> dict[str, SignalValue | None]:
+    """What a payload holds, by VSS name."""
+    names, values = decoder(row)(payload[: row.length])
+    return dict(zip(names, values, strict=True))
+
+
+def start_bit(signal: Signal) -> int:
+    """Its first bit in the order of transmission."""
+    start: int = signal.start
+    return 8 * (start // 8) + 7 - start % 8 if signal.byte_order == "big_endian" else start
 
 
 def map_all(database: SignalDatabase, *, text: bool = False) -> list[MappingEntry]:
     """Maps every signal that fits in its message, as message.signal; with `text` those with value tables."""
-    entries = []
-    for message in database.messages.values():
-        for signal in message.signals:
-            start = signal.start
-            if signal.byte_order == "big_endian":
-                start = 8 * (start // 8) + 7 - start % 8
-            fits = start + signal.length <= 8 * message.length
-            if fits and (signal.choices or not text):
-                entries.append(
-                    MappingEntry(
-                        vss=f"{message.name}.{signal.name}",
-                        message=message.name,
-                        signal=signal.name,
-                        max_age_ms=1000,
-                        text=text,
-                    )
-                )
-    return entries
+    return [
+        entry(f"{message.name}.{signal.name}", message.name, signal.name, text=text)
+        for message in database.messages.values()
+        for signal in message.signals
+        if start_bit(signal) + signal.length <= 8 * message.length and (signal.choices or not text)
+    ]
 
 
 def entry(
@@ -96,8 +118,8 @@ def entry(
     scale: float = 1.0,
     offset: float = 0.0,
     text: bool = False,
-    check: Check | None = None,
     unit: str = "",
+    interval_ms: int = 0,
 ) -> MappingEntry:
     """A mapping entry with short defaults."""
-    return MappingEntry(vss, message, signal, max_age_ms, unit, scale, offset, text, check)
+    return MappingEntry(vss, message, signal, max_age_ms, unit, scale, offset, text, interval_ms)

@@ -7,12 +7,11 @@ import sys
 import tomllib
 
 import pytest
-from support.signals_data import REPOSITORY, entry, feed, small_database
+from support.signals_data import REPOSITORY, entry, feed, small_database, table_of
 
 from agent.errors import ConditionError
 from agent.features.conditions import MAX_DEPTH, MAX_EXPRESSION_CHARS, MAX_INPUTS, Condition
 from agent.model import ConditionSpec, Frame, SignalValue
-from agent.signals.plan import DecodePlan
 from agent.signals.state import Collector, SignalState
 
 SPEED = "Vehicle.Speed"
@@ -152,7 +151,7 @@ def test_every_condition_of_the_demonstration_compiles() -> None:
 
 def test_a_stale_signal_never_makes_a_condition_true() -> None:
     mapping = [entry(SPEED, "SPEEDS", "SPEED", max_age_ms=500)]
-    collector = Collector([DecodePlan.compile(small_database(), mapping, "b", [SPEED])])
+    collector = Collector({"b": table_of(small_database(), *mapping)})
     state = SignalState(collector.infos)
     stands, moves = compiled("Vehicle.Speed < 1.0", SPEED), compiled("!(Vehicle.Speed < 1.0)", SPEED)
 

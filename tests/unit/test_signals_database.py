@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
-from support.signals_data import SMALL_DBC, data_file, data_folder, simulated_database
+from support.signals_data import SMALL_DBC, data_file, data_folder, load, simulated_database
 
+from agent.adapters import signal_table
 from agent.errors import DatabaseError
-from agent.signals.database import MAX_MESSAGE_BYTES, load, parse
+from agent.signals.database import MAX_MESSAGE_BYTES, parse
 
 SMALL = Path("small.dbc")
 
@@ -123,9 +124,11 @@ def test_a_file_without_messages_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_that_is_missing_or_of_no_known_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DatabaseError, match=r"none\.dbc: cannot be read"):
-        load(tmp_path / "none.dbc")
+        signal_table.read(tmp_path / "none.dbc", 1)
+    path = tmp_path / "signals.xls"
+    path.write_bytes(b"")
     with pytest.raises(DatabaseError, match=r"expected a file \.dbc"):
-        load(tmp_path / "signals.xls")
+        load(path)
     path = tmp_path / "bad.kcd"
     path.write_text("<NetworkDefinition")
     with pytest.raises(DatabaseError, match=r"bad\.kcd: expected a kcd database"):

@@ -9,26 +9,27 @@ from support.signals_data import DEMO_SIGNALS, SMALL_DBC, simulated_database, sm
 
 from agent.errors import DatabaseError
 from agent.signals import mapping
+from agent.signals.checks import Scheme
 from agent.signals.database import parse
-from agent.signals.mapping import Check
 
 SPEED = '[[signals]]\nvss = "Vehicle.Speed"\nmessage = "SPEEDS"\nsignal = "SPEED"\nmax_age_ms = 500\n'
 
 
 def problems(tmp_path: Path, text: str) -> str:
-    path = tmp_path / "signals.toml"
-    path.write_text(text)
     with pytest.raises(DatabaseError) as caught:
-        mapping.load(path, small_database())
+        mapping.read(text.encode(), tmp_path / "signals.toml", small_database())
     return str(caught.value)
 
 
 def test_the_demonstration_maps_the_simulated_vehicle() -> None:
-    entries = {e.vss: e for e in mapping.load(DEMO_SIGNALS, simulated_database())}
+    found = mapping.read(DEMO_SIGNALS.read_bytes(), DEMO_SIGNALS, simulated_database())
+    entries = {e.vss: e for e in found.entries}
     assert len(entries) == 6
     assert entries["Vehicle.TraveledDistance"].scale == 0.001
     assert entries["Vehicle.LowVoltageSystemState"].text
-    assert {e.check for e in entries.values()} == {Check.OPENFOD_J1850}
+    assert {m.name: m.check for m in found.messages} == dict.fromkeys(
+        {e.message for e in found.entries}, Scheme.OPENFOD_J1850
+    )
 
 
 def test_an_unknown_message_is_named_with_line_and_closest(tmp_path: Path) -> None:
@@ -46,10 +47,8 @@ def test_an_unknown_signal_is_named_with_line_and_closest(tmp_path: Path) -> Non
 
 def test_a_message_that_was_skipped_is_not_called_unknown(tmp_path: Path) -> None:
     database = parse(SMALL_DBC.replace("SPEED : 0|16@1+", "SPEED : 0|16@1*"), Path("small.dbc"))
-    path = tmp_path / "signals.toml"
-    path.write_text(SPEED)
     with pytest.raises(DatabaseError, match=r"message SPEEDS was skipped at small\.dbc:5: Invalid syntax"):
-        mapping.load(path, database)
+        mapping.read(SPEED.encode(), tmp_path / "signals.toml", database)
 
 
 def test_all_problems_come_at_once(tmp_path: Path) -> None:
@@ -61,12 +60,34 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ('unit = "mph"', "signals.toml:6: signals[0].unit: expected 'km/h' as in small.dbc"),
+        (
+            'unit = "mph"',
+            "signals.toml:6: signals[0].unit: small.dbc has 'km/h': 'mph' needs scale = 0.621371192",
+        ),
+        ('unit = "V"', "signals[0].unit: small.dbc has 'km/h': that is no voltage in 'V'"),
+        (
+            'unit = "m/s"\nscale = 3.6',
+            "signals[0].unit: small.dbc has 'km/h': 'm/s' needs scale = 0.277777778",
+        ),
         ("scale = 0.0", "signals[0].scale: expected a finite number other than 0"),
         ("scale = nan", "signals[0].scale: expected a number, found"),
         ("offset = inf", "signals[0].offset: expected a number, found"),
         ("text = true", "signals[0].text: signal SPEED has no value table"),
-        ('check = "none"', "signals[0].check: expected one of openfod-j1850, honda"),
+        (
+            '[[messages]]\nname = "SPEEDS"\ncheck = "none"',
+            "messages[0].check: expected one of openfod-j1850, e2e-1",
+        ),
+        (
+            '[[messages]]\nname = "SPEED"',
+            "messages[0].name: small.dbc has no message 'SPEED'; the closest is",
+        ),
+        ('[[messages]]\nname = "SELECTED"', "messages[0].name: no signal of message SELECTED is mapped"),
+        ('[[messages]]\nname = "SPEEDS"\n' * 2, "messages[1].name: message SPEEDS stands here twice"),
+        (
+            '[[messages]]\nname = "SPEEDS"\ncounter = "COUNT"',
+            "messages[0].counter: message SPEEDS has no signal",
+        ),
+        ('[[messages]]\nname = "SPEEDS"\ndata_id = 65536', "messages[0].data_id: expected at most 65535"),
         ("max_age = 1", "signals[0].max_age: unknown key"),
     ],
 )
@@ -75,12 +96,12 @@ def test_what_does_not_fit_the_database_is_refused(tmp_path: Path, line: str, ex
 
 
 def test_the_same_unit_in_another_spelling_is_accepted(tmp_path: Path) -> None:
-    path = tmp_path / "signals.toml"
-    path.write_text(f'{SPEED}unit = "km/h"\n')
+    text = f'{SPEED}unit = "km/h"\n'
     database = parse(SMALL_DBC.replace('"km/h"', '"kph"'), Path("small.dbc"))
-    assert mapping.load(path, database)[0].unit == "km/h"
+    assert mapping.read(text.encode(), tmp_path / "signals.toml", database).entries[0].unit == "km/h"
 
 
-def test_signals_of_one_message_share_one_check(tmp_path: Path) -> None:
-    second = SPEED.replace("Vehicle.Speed", "Vehicle.Lateral").replace('"SPEED"', '"LATERAL"')
-    assert "signals[1].check: differs" in problems(tmp_path, f'{SPEED}{second}check = "honda"\n')
+def test_a_scale_that_leads_to_the_unit_is_accepted(tmp_path: Path) -> None:
+    text = f'{SPEED}unit = "m/s"\nscale = 0.2778\n'
+    found = mapping.read(text.encode(), tmp_path / "signals.toml", small_database())
+    assert found.entries[0].scale == 0.2778

@@ -5,22 +5,29 @@ from __future__ import annotations
 import struct
 
 import pytest
-from support.signals_data import data_file, entry, feed, map_all, simulated_database, small_database
+from support.signals_data import (
+    data_file,
+    entry,
+    feed,
+    load,
+    map_all,
+    simulated_database,
+    small_database,
+    table_of,
+)
 
 from agent.adapters.replay import replay_log
 from agent.errors import DatabaseError
 from agent.model import Frame, SignalChange
-from agent.signals.database import load
-from agent.signals.mapping import Check, MappingEntry
-from agent.signals.plan import DecodePlan, j1850_crc
+from agent.signals.checks import Scheme, j1850_crc
+from agent.signals.mapping import MappingEntry, MessageSettings
 from agent.signals.state import Collector, MessageHealth, SignalState
 
 MS = 1_000_000
 
 
 def small_collector(*entries: MappingEntry) -> Collector:
-    plan = DecodePlan.compile(small_database(), entries, "b", [e.vss for e in entries])
-    return Collector([plan])
+    return Collector({"b": table_of(small_database(), *entries)})
 
 
 SPEED = entry("Vehicle.Speed", "SPEEDS", "SPEED", max_age_ms=500)
@@ -98,7 +105,7 @@ def test_a_number_without_text_is_no_value() -> None:
 def test_a_value_that_is_not_finite_is_no_value() -> None:
     database = load(data_file("cantools/floating_point.dbc"))
     entries = map_all(database)
-    collector = Collector([DecodePlan.compile(database, entries, "b", [e.vss for e in entries])])
+    collector = Collector({"b": table_of(database, *entries)})
     message = next(m for m in database.messages.values() if m.length == 8 and len(m.signals) == 1)
     for value in (float("nan"), float("inf")):
         data = struct.pack("<d", value)
@@ -107,10 +114,9 @@ def test_a_value_that_is_not_finite_is_no_value() -> None:
 
 
 def test_two_buses_may_not_bring_the_same_signal() -> None:
-    database = small_database()
-    plans = [DecodePlan.compile(database, [SPEED], bus, ["Vehicle.Speed"]) for bus in ("b", "c")]
+    table = table_of(small_database(), SPEED)
     with pytest.raises(DatabaseError, match=r"bus c: Vehicle\.Speed come from another bus already"):
-        Collector(plans)
+        Collector({"b": table, "c": table})
 
 
 # --- checks ------------------------------------------------------------------
@@ -118,13 +124,14 @@ def test_two_buses_may_not_bring_the_same_signal() -> None:
 
 def gear(value: int, counter: int, at_ms: int = 0, *, crc_error: int = 0) -> Frame:
     body = bytes([counter, value, 0])
-    crc = j1850_crc(164, b"\0" + body) ^ crc_error
+    crc = j1850_crc(b"\xa4\0" + body) ^ crc_error
     return Frame(bus="b", can_id=164, data=bytes([crc]) + body, monotonic_ns=at_ms * MS)
 
 
 def checked_collector() -> Collector:
-    entries = [entry("Vehicle.Gear", "PT_GEAR", "Gear", text=True, check=Check.OPENFOD_J1850)]
-    return Collector([DecodePlan.compile(simulated_database(), entries, "b", ["Vehicle.Gear"])])
+    gear = entry("Vehicle.Gear", "PT_GEAR", "Gear", text=True)
+    settings = (MessageSettings("PT_GEAR", check=Scheme.OPENFOD_J1850),)
+    return Collector({"b": table_of(simulated_database(), gear, messages=settings)})
 
 
 def test_a_frame_with_a_wrong_checksum_is_never_used() -> None:
@@ -162,8 +169,9 @@ def test_a_counter_beyond_its_range_fails_the_check() -> None:
 
 def test_a_real_drive_passes_its_checks() -> None:
     database = load(data_file("honda_civic_touring_2016_can_generated.dbc"))
-    entries = [entry("Vehicle.Speed", "ENGINE_DATA", "XMISSION_SPEED", unit="km/h", check=Check.HONDA)]
-    collector = Collector([DecodePlan.compile(database, entries, "b", ["Vehicle.Speed"])])
+    speed = entry("Vehicle.Speed", "ENGINE_DATA", "XMISSION_SPEED", unit="km/h")
+    settings = (MessageSettings("ENGINE_DATA", check=Scheme.HONDA),)
+    collector = Collector({"b": table_of(database, speed, messages=settings)})
     for frame in replay_log(data_file("civic_typeR_turnonanddrive.log"), "b"):
         feed(collector, frame)
     batch = collector.drain()

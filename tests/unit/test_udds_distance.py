@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 import pytest
 from cantools.database.can import Database
-from support.real_civic import civic_frame, civic_plan
+from support.real_civic import civic_frame, civic_table
 from support.real_drive import CHECKPOINT_NS, DRIVING, PARKED, WINDOW_NS, Drive, Journal, drive_with_crashes
 from support.signals_data import DEMO_SIGNALS, simulated_database
 from support.sim_world import DATA, DATABASE, MS, UDDS, MemoryStore, S, seat_module
 
 from agent.model import Frame
-from agent.signals.mapping import load as load_mapping
-from agent.signals.plan import DecodePlan
+from agent.signals.compiler import compile_table
+from agent.signals.mapping import read as read_mapping
+from agent.signals.table import Table
 from firmware_sim.vehicle import Vehicle
 
 pytestmark = pytest.mark.timeout(180)
@@ -45,7 +46,7 @@ UM_PER_M = 1_000_000
 class Cycle:
     """The driven cycle: the frames that the agent is subscribed to, and the truth."""
 
-    plan: DecodePlan
+    table: Table
     frames: Sequence[Frame]
     driven_m: float
 
@@ -54,10 +55,12 @@ class Cycle:
 def cycle() -> Cycle:
     """Only the messages that a logbook needs are sent: the others would cost most of the time."""
     database = simulated_database()
-    entries = load_mapping(DEMO_SIGNALS, database)
-    plan = DecodePlan.compile(database, entries, "body", ["Vehicle.Speed", "Vehicle.TraveledDistance"])
+    mapping = read_mapping(DEMO_SIGNALS.read_bytes(), DEMO_SIGNALS, database)
+    names = ("Vehicle.Speed", "Vehicle.TraveledDistance")
+    entries = tuple(entry for entry in mapping.entries if entry.vss in names)
+    table = compile_table(database, replace(mapping, entries=entries))
     car = Vehicle(
-        database=Database([m for m in DATABASE.messages if (m.frame_id, False) in plan.can_ids]),
+        database=Database([m for m in DATABASE.messages if m.frame_id in (table.can_ids or ())]),
         cycle=UDDS,
         seat=seat_module(MemoryStore()),
         odometer_m=1000,
@@ -67,14 +70,14 @@ def cycle() -> Cycle:
     car.ignition(on=True, now_ns=0)
     car.drive(0, LENGTH_NS // S, 0)
     frames = [Frame("body", sent.can_id, sent.data, sent.at_ns) for sent in car.step(LENGTH_NS)]
-    return Cycle(plan, frames, car.truth.driven_um / UM_PER_M)
+    return Cycle(table, frames, car.truth.driven_um / UM_PER_M)
 
 
 @pytest.fixture(scope="module")
 def journal(cycle: Cycle) -> Journal:
     """The journal of the drive without any trouble."""
     journal = Journal()
-    drive = Drive(cycle.plan, journal, 0)
+    drive = Drive(cycle.table, journal, 0)
     drive.feed(cycle.frames)
     drive.revoke(LENGTH_NS)
     assert journal.windows == ()
@@ -131,7 +134,7 @@ def test_crashes_lose_a_checkpoint_each_and_bill_nothing_twice(
 ) -> None:
     random = Random(seed)
     crashes_ns = sorted(random.randrange(20 * S, LENGTH_NS - 20 * S) for _ in range(CRASHES))
-    crashed = drive_with_crashes(cycle.plan, cycle.frames, crashes_ns, DEAD_NS, LENGTH_NS)
+    crashed = drive_with_crashes(cycle.table, cycle.frames, crashes_ns, DEAD_NS, LENGTH_NS)
 
     assert [r.seq for r in crashed.records] == list(range(1, len(crashed.records) + 1))
     assert len({r.id for r in crashed.records}) == len(crashed.records)
@@ -156,7 +159,7 @@ def test_crashes_lose_a_checkpoint_each_and_bill_nothing_twice(
 def test_an_odometer_that_starts_again_is_declared_around_that_moment(first_m: int) -> None:
     """A Civic's odometer of eight bits, in steps of 10 m, starts again four times in the cycle."""
     journal = Journal()
-    drive = Drive(civic_plan(), journal, 0)
+    drive = Drive(civic_table(), journal, 0)
     drive.feed(
         civic_frame(at_ns, UDDS.speed_kmh(at_ns), first_m + UDDS.distance_um(at_ns) // UM_PER_M)
         for at_ns in range(0, LENGTH_NS + 1, 100 * MS)
