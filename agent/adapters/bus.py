@@ -94,6 +94,7 @@ class OpenBus(Protocol):
 
         Args:
             can_id: as in RawFrame.
+            data: 0 to 8 bytes, with CAN FD as many as in FD_LENGTHS.
 
         Raises:
             OSError: the bus did not take it in time.

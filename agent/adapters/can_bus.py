@@ -28,6 +28,8 @@ from typing import Any, Final
 from agent.adapters.bus import (
     CAN_EFF_FLAG,
     CAN_ERR_FLAG,
+    FD_LENGTHS,
+    MAX_CLASSIC_BYTES,
     WINDOW_S,
     BusEndedError,
     BusLostError,
@@ -188,6 +190,7 @@ class CanBus:
         self._on_frames, self._on_state, self._on_dropped = on_frames, on_state, on_dropped
         self._wanted = None if wanted_ids is None else frozenset(wanted_ids)
         self._urgent = frozenset(urgent_ids)
+        self._fd = fd
         self._listen_only = listen_only
         self._monotonic_ns, self._uniform = monotonic_ns, uniform
         self._open_bus = open_bus or (
@@ -268,7 +271,7 @@ class CanBus:
         """Sends one frame.
 
         Raises:
-            VehicleError: listen-only, not up, or the bus did not take it.
+            VehicleError: listen-only, not up, no frame of this bus, or the bus did not take it.
         """
         what = f"frame 0x{frame.can_id:X} was not sent"
         if self._listen_only:
@@ -278,6 +281,11 @@ class CanBus:
         if bus is None:
             raise VehicleError(f"bus {self.name} is {state}; {what}")
         can_id = frame.can_id | (CAN_EFF_FLAG if frame.is_extended else 0)
+        length = len(frame.data)
+        fits = length in FD_LENGTHS and self._fd if frame.is_fd else length <= MAX_CLASSIC_BYTES
+        if not fits:
+            kind = "CAN FD" if frame.is_fd else "classic"
+            raise VehicleError(f"bus {self.name}: {what}: the bus has no {kind} frame of {length} bytes")
         try:
             bus.send(can_id, frame.data, is_fd=frame.is_fd)
         except (OSError, ValueError) as error:

@@ -30,9 +30,7 @@ from agent.adapters.bus import (
     CAN_EFF_FLAG,
     CAN_EFF_MASK,
     CAN_ERR_FLAG,
-    FD_LENGTHS,
     MAX_BATCH_FRAMES,
-    MAX_CLASSIC_BYTES,
     WINDOW_S,
     BusLostError,
     RawFrame,
@@ -352,18 +350,10 @@ class SocketcanBus:
         self._selected = None if exact else ids
 
     def send(self, can_id: int, data: bytes, *, is_fd: bool) -> None:
-        """Sends one frame (OpenBus.send).
-
-        Raises:
-            ValueError: no frame has that much data.
-        """
+        """Sends one frame (OpenBus.send)."""
         if is_fd:
-            if len(data) not in FD_LENGTHS:
-                raise ValueError(f"CAN FD has no frame of {len(data)} bytes")
             content = _FD_FRAME.pack(can_id, len(data), 0, data)
         else:
-            if len(data) > MAX_CLASSIC_BYTES:
-                raise ValueError(f"a classic frame has at most {MAX_CLASSIC_BYTES} bytes, not {len(data)}")
             content = _FRAME.pack(can_id, len(data), data)
         ends_ns = self._monotonic_ns() + int(SEND_TIMEOUT_S * 1e9)
         while True:

@@ -137,10 +137,10 @@ class SocketcandBus(FrameByFrameBus):
         """Sends one frame (OpenBus.send).
 
         Raises:
-            ValueError: a CAN FD frame, or too much data.
+            ValueError: a CAN FD frame.
             OSError: the server did not take it; the connection is given up.
         """
-        if is_fd or len(data) > MAX_CLASSIC_BYTES:
+        if is_fd:
             raise ValueError(f"{self._info}: classic CAN only")
         digits = f"{can_id & CAN_EFF_MASK:08X}" if can_id & CAN_EFF_FLAG else f"{can_id:03X}"
         payload = "".join(f"{byte:02X} " for byte in data)

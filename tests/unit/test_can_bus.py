@@ -298,7 +298,7 @@ def test_a_listen_only_bus_refuses_to_send() -> None:
 
 def test_frames_are_sent_as_they_are_and_fail_with_our_error() -> None:
     listener, garage = Listener(), FakeGarage()
-    bus = fake_bus(listener, garage)
+    bus = fake_bus(listener, garage, fd=True)
     with pytest.raises(VehicleError, match="bus body is opening"):
         bus.send(Frame("body", 1, b""))
     with running(bus):
