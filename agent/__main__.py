@@ -76,6 +76,18 @@ def _parser() -> argparse.ArgumentParser:
         "fod-agent status --config agent.toml --json",
     )
     status.add_argument("--json", action="store_true", help="print one JSON document")
+    live = command(
+        "watch",
+        _watch,
+        "Show live signals, buses and messages: those of the agent if it runs, else listen on its buses.",
+        "fod-agent watch --config agent.toml --filter speed",
+    )
+    live.add_argument("--filter", default="", metavar="NAME", help="only names that contain it")
+    live.add_argument(
+        "--interval", type=_interval, default=0.5, metavar="S", help="seconds between two looks; default: 0.5"
+    )
+    live.add_argument("--once", action="store_true", help="listen for one interval, show it and end")
+    live.add_argument("--json", action="store_true", help="print one JSON document a line")
     take = command(
         "import",
         _import,
@@ -221,6 +233,33 @@ def _status(config: AgentConfig, arguments: argparse.Namespace) -> int:
     else:
         _print_status(status)
     return EXIT_DONE
+
+
+def _watch(config: AgentConfig, arguments: argparse.Namespace) -> int:
+    from agent.watch import watch
+
+    watch(
+        config,
+        interval_s=arguments.interval,
+        once=arguments.once,
+        wanted=arguments.filter,
+        as_json=arguments.json,
+    )
+    return EXIT_DONE
+
+
+def _interval(text: str) -> float:
+    from agent.watch import MAX_INTERVAL_S, MIN_INTERVAL_S
+
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not MIN_INTERVAL_S <= seconds <= MAX_INTERVAL_S:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected {MIN_INTERVAL_S} to {MAX_INTERVAL_S:.0f} seconds"
+        )
+    return seconds
 
 
 def _log(config: AgentConfig, arguments: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -248,11 +248,6 @@ class App:
         )
 
     def _make_bus(self, bus: BusConfig) -> CanBus:
-        options: dict[str, Any] = {
-            name: value
-            for name in ("host", "port", "speed", "data_bitrate")
-            if (value := getattr(bus, name)) is not None
-        }
         table = self._tables.get(bus.name)
         watches: dict[int, Watch] = {}
         if table is not None and bus.changes_only:
@@ -274,7 +269,7 @@ class App:
             monotonic_ns=self._clock.monotonic_ns,
             wall_ns=self._clock.wall_ns,
             uniform=self._random.uniform,
-            **options,
+            **bus.options,
         )
 
     def _wanted(self, bus: str) -> frozenset[int] | None:
@@ -735,6 +730,7 @@ class App:
             }
             for name, bus in self._buses.items()
         }
+        status["bus_reasons"] = {name: bus.reason for name, bus in self._buses.items()}
         status["controllers"] = {name: bus.controller.value for name, bus in self._buses.items()}
         status["messages"] = {
             f"{bus}/{message}": {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from common.config import option, read
 
@@ -72,6 +73,12 @@ class BusConfig:
     changes_only: bool = option(default=False)
     database: Path | None = option(default=None, existing=True)
     signals: Path | None = option(default=None, existing=True)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What only some interfaces have, by python-can's names."""
+        names = ("host", "port", "speed", "data_bitrate")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Cross-checks of one bus."""

@@ -221,6 +221,11 @@ class CanBus:
         """The present state."""
         return self._state
 
+    @property
+    def reason(self) -> str:
+        """Why it is in its state; empty: all is well."""
+        return self._reason
+
     def open(self) -> None:
         """Starts the reader; the bus is up when `on_state` says so."""
         self._thread.start()

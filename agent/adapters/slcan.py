@@ -50,7 +50,7 @@ MAX_UNANSWERED: Final = 3
 """Questions for the status without an answer, after which no more are asked."""
 SEND_TIMEOUT_S: Final = 0.05
 """Longest wait, in seconds, until the serial line takes a frame."""
-MAX_WINDOW_BYTES: Final = 262_144
+MAX_WINDOW_BYTES: Final = 65_536
 """Most that is read in one window."""
 _READ_BYTES: Final = 65_536
 _FULL_READ_BYTES: Final = 2_048
@@ -131,6 +131,7 @@ class SlcanBus:
         self._is_closed = False
         self._reading, self._writing = threading.Lock(), threading.Lock()
         self._status_ns, self._asked, self._attentive_ns = 0, 0, 0
+        self._has_sent, self._refusals_told = False, 0
         commands = self._configuration(data_bitrate)
         self._port = _open_port(channel)
         self._fd = self._port.fileno()
@@ -148,7 +149,7 @@ class SlcanBus:
             self._open_channel()
         except OSError as error:
             self._close_port()
-            raise BusLostError(f"{channel}: the adapter went away: {error.strerror or error}") from error
+            raise BusLostError(f"{channel}: lost while it was opened: {error.strerror or error}") from error
         except BaseException:
             self._close_port()
             raise
@@ -259,6 +260,10 @@ class SlcanBus:
             received = self._gather(begun_ns)
             frames = self._lines.decode(received, begun_ns, self._monotonic_ns())
             self._lost = self._lost or self._lines.lost
+            # More and more rarely: a bus that takes nothing refuses every frame.
+            if self._has_sent and self._lines.refused > 2 * self._refusals_told:
+                self._refusals_told = self._lines.refused
+                _log.warning("the adapter refuses frames", channel=self._channel, refused=self._refusals_told)
             return frames
 
     def _gather(self, begun_ns: int) -> bytes:
@@ -269,10 +274,10 @@ class SlcanBus:
         ends_ns = begun_ns + self._window_ns
         received = b""
         while True:
-            is_waken = wait_ns > 0 and bool(self._waking.poll(wait_ns / 1e6))
+            is_closing = wait_ns > 0 and bool(self._waking.poll(wait_ns / 1e6))
             received += self._read_all()
             now_ns = self._monotonic_ns()
-            if now_ns >= ends_ns or is_waken or self._lost or len(received) > MAX_WINDOW_BYTES:
+            if now_ns >= ends_ns or is_closing or self._lost or len(received) > MAX_WINDOW_BYTES:
                 return received
             step_ns = ANSWER_STEP_NS if now_ns < self._attentive_ns else URGENT_STEP_NS
             if urgent and urgent.search(b"\r" + self._lines.rest + received):
@@ -324,7 +329,7 @@ class SlcanBus:
         self._lines.selection = Selection(wanted, urgent)
 
     def send(self, can_id: int, data: bytes, *, is_fd: bool) -> None:
-        """As `OpenBus.send`; that the adapter refuses a frame is counted, not raised."""
+        """As `OpenBus.send`; that the adapter refuses a frame is logged, not raised."""
         if self._is_listening:
             raise PermissionError(errno.EPERM, "the adapter is listen-only", self._channel)
         if is_fd and not self._is_fd:
@@ -334,6 +339,7 @@ class SlcanBus:
         except ValueError as error:
             raise OSError(errno.EINVAL, str(error), self._channel) from error
         self._write(line)
+        self._has_sent = True
         self._attentive_ns = self._monotonic_ns() + ATTENTIVE_NS
 
     def close(self) -> None:

@@ -174,7 +174,10 @@ class LineDecoder:
             if head is None:
                 head = find(line[:10])  # an extended frame's
                 if head is None:
-                    head = self._meet(selection, line, spread_ns, frames)
+                    met_ns = max(spread_ns, last_ns)
+                    head = self._meet(selection, line, met_ns, frames)
+                    if frames and frames[-1].at_ns == met_ns:  # an error frame: what follows is not older
+                        last_ns = met_ns
                     find = selection.heads.get
                     if head is None:
                         garbage += 1

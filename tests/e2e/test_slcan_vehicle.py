@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from support.story_stage import enrolled
 
 from deploy.demo.stage import VIN
+
+WATCH = ("fod-agent", "watch", "--once", "--filter", "seat")
 
 
 @pytest.mark.e2e
@@ -24,3 +27,11 @@ def test_a_right_switches_the_seat_on_over_slcan_and_no_frame_is_lost(tmp_path: 
         assert status["features"][0]["state"] == "ACTIVE"
         assert status["bus_counts"]["body"]["malformed"] == 0
         assert {m["check_failed"] + m["lost"] for m in status["messages"].values()} == {0}
+        watched = json.loads(stage.done(*WATCH, "--json", "--config", stage.agent_config()).text)
+        assert watched["source"].startswith("agent at ")
+        assert "Vehicle.Cabin.Seat.Row1.DriverSide.Heating" in watched["signals"]
+        assert all("seat" in name.lower() for name in (*watched["signals"], *watched["messages"]))
+        assert {signal["state"] for signal in watched["signals"].values()} == {"fresh"}
+        assert watched["buses"]["body"]["state"] == "up"
+        assert watched["buses"]["body"]["frames_per_s"] > 0
+        assert "Seat.Row1.DriverSide.Heating" in stage.done(*WATCH, "--config", stage.agent_config()).text

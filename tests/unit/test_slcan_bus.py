@@ -286,6 +286,19 @@ def test_frames_are_sent_as_commands_and_their_acknowledgement_is_no_frame() -> 
         assert bus.dropped == 0
 
 
+def test_frames_that_the_adapter_refuses_are_logged_more_and_more_rarely(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with plugged(lambda command: b"\a" if command[:1] == b"t" else lawicel(command)) as adapter:
+        with opened(adapter) as bus:
+            for number in range(1, 9):
+                bus.send(0x7E0, bytes((number,)), is_fd=False)
+                while bus._lines.refused < number:
+                    bus.read(0.1)
+        told = [record for record in caplog.records if "refuses frames" in record.message]
+        assert 1 <= len(told) <= 4
+
+
 @pytest.mark.parametrize(
     ("listen_only", "size", "is_fd", "why"),
     [
@@ -359,7 +372,7 @@ def test_an_adapter_that_is_pulled_while_it_is_opened_is_lost() -> None:
         return lawicel(command)
 
     adapters.append(SerialAdapter(pulled))
-    with pytest.raises(BusLostError, match="went away"), opened(adapters[0]):
+    with pytest.raises(BusLostError, match="lost while it was opened"), opened(adapters[0]):
         pass
 
 

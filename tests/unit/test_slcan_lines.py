@@ -137,6 +137,14 @@ def test_time_stamps_of_the_adapter_place_frames_within_the_time_in_which_they_c
     assert decoder.dropped == 0
 
 
+def test_error_frames_between_stamped_ones_do_not_go_back() -> None:
+    decoder = LineDecoder()
+    frames = decode(decoder, b"t10000001\rt10000010\rF80\rt10000011\r")
+    assert [f.at_ns // MS for f in frames] == [100, 115, 115, 116]
+    frames = decode(decoder, b"t10000001\rt10000002\rF80\rt10000003\r")
+    assert [f.at_ns // MS for f in frames] == [100, 101, 110, 110]
+
+
 def test_stamps_in_microseconds_are_cut_off() -> None:
     decoder = LineDecoder()
     frames = decode(decoder, b"t1002AABB0000000F\rt1002CCDD000000FF\r")

@@ -38,13 +38,14 @@ class Heard:
 
 
 @contextlib.contextmanager
-def heard_through(hub: RunningHub, channel: Path) -> Iterator[tuple[CanBus, Heard]]:
+def heard_through(hub: RunningHub, channel: Path, *, fd: bool = False) -> Iterator[tuple[CanBus, Heard]]:
     heard = Heard()
     bus = CanBus(
         "body",
         "slcan",
         str(channel),
         500_000,
+        fd,
         on_frames=lambda _, frames: heard.frames.extend(frames),
         on_state=lambda _, state, why: heard.states.append((state, why)),
         on_dropped=lambda _, _from, _to, count: heard.dropped.append(count),
@@ -81,6 +82,23 @@ def test_a_pulled_adapter_is_opened_again_and_heard_again(link: Path) -> None:
         wait_for(lambda: [f.can_id for f in hub.recorder.frames] == [0x7E0])
         assert bus.counts.lost >= 1
     assert heard.states[-1][0] is BusState.CLOSED
+
+
+def test_frames_of_can_fd_go_both_ways(link: Path) -> None:
+    with running_hub(link=link, fd=True) as hub, heard_through(hub, link, fd=True) as (bus, heard):
+        hub.send(Frame(0x18DAF110, bytes(range(64)), is_extended=True, is_fd=True, is_switched=True))
+        hub.send(Frame(0x100, bytes(12), is_fd=True))
+        hub.send(Frame(0x101, bytes(8)))
+        wait_for(lambda: len(heard.frames) == 3)
+        assert [(f.can_id, f.data) for f in heard.frames] == [
+            (0x98DAF110, bytes(range(64))),
+            (0x100, bytes(12)),
+            (0x101, bytes(8)),
+        ]
+        bus.send(AgentFrame("body", 0x18DA10F1, bytes(range(48)), is_extended=True, is_fd=True))
+        wait_for(lambda: bool(hub.recorder.frames))
+        sent = hub.recorder.frames[0]
+        assert (sent.can_id, sent.data, sent.is_fd) == (0x18DA10F1, bytes(range(48)), True)
 
 
 def test_bus_off_and_a_wrong_bit_rate_end_in_a_lost_bus_that_says_so(
