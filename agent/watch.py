@@ -185,12 +185,12 @@ class OwnBuses:
             DatabaseError: a database or mapping cannot be used.
         """
         from agent.adapters.can_bus import CanBus
-        from agent.app import plan_of
+        from agent.adapters.signal_table import compile_anew
         from agent.signals.state import Collector, SignalState
 
         self._socket, self._monotonic_ns = config.api_socket, monotonic_ns
-        plans = [plan for _, plan in map(plan_of, config.buses) if plan is not None]
-        self._collector = Collector(plans)
+        compiled = {bus.name: compile_anew(bus) for bus in config.buses}
+        self._collector = Collector({name: made.table for name, made in compiled.items() if made is not None})
         self._state = SignalState(self._collector.infos)
         self._arrived: queue.SimpleQueue[tuple[str, list[RawFrame]]] = queue.SimpleQueue()
         self._buses = {

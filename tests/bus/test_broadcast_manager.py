@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from support.bus_wires import ERR, KernelStation, ip, kernel_interface, own_interface, wire
 from support.signals_bus import Listener, wait_until
-from support.signals_data import entry, simulated_database, small_database
+from support.signals_data import entry, simulated_database, small_database, table_of
 
 from agent.adapters import broadcast_manager
 from agent.adapters.broadcast_manager import MIN_MAX_AGE_NS, TIMER_SLACK_NS, BroadcastManagerBus, watches_of
 from agent.adapters.bus import CAN_EFF_FLAG, BusLostError, RawFrame, Watch
 from agent.adapters.can_bus import BusState, CanBus
-from agent.signals.mapping import Check
-from agent.signals.plan import DecodePlan
+from agent.signals.checks import Scheme
+from agent.signals.mapping import MessageSettings
 
 MAX_AGE_NS = 600_000_000
 WATCHED, RAW, URGENT = 0x300, 0x301, 0x302
@@ -200,27 +200,22 @@ def test_a_bus_of_the_agent_hears_changes_and_error_frames_and_comes_back(statio
 
 def test_messages_with_a_checksum_or_of_can_fd_are_not_watched() -> None:
     database = small_database()
-    plan = DecodePlan.compile(
+    table = table_of(
         database,
-        [
-            entry("A.Speed", "SPEEDS", "SPEED", max_age_ms=1000),
-            entry("A.State", "SPEEDS", "STATE", max_age_ms=500),
-            entry("A.First", "SELECTED", "FIRST", max_age_ms=2000),
-        ],
-        "b",
-        ["A.Speed", "A.State", "A.First"],
+        entry("A.Speed", "SPEEDS", "SPEED", max_age_ms=1000),
+        entry("A.State", "SPEEDS", "STATE", max_age_ms=500),
+        entry("A.First", "SELECTED", "FIRST", max_age_ms=2000),
     )
-    assert watches_of(plan) == {
+    assert watches_of(table) == {
         256: Watch(bytes([0xFF, 0xFF, 0, 0, 7, 0, 0, 0]), 500_000_000),
         CAN_EFF_FLAG | 512: Watch(bytes([0xFF, 0xFF, 0xFF, 0]), 2_000_000_000),
     }
     checked = simulated_database()
     message = next(m for m in checked.messages.values() if f"{m.name}_CRC" in {s.name for s in m.signals})
     signal = next(s.name for s in message.signals if not s.name.endswith(("_CRC", "_COUNTER")))
-    plan = DecodePlan.compile(
-        checked, [entry("A.Checked", message.name, signal, check=Check.OPENFOD_J1850)], "b", ["A.Checked"]
-    )
-    assert watches_of(plan) == {}
+    settings = MessageSettings(message.name, check=Scheme.OPENFOD_J1850)
+    table = table_of(checked, entry("A.Checked", message.name, signal), messages=(settings,))
+    assert watches_of(table) == {}
 
 
 def test_what_grows_stale_too_soon_is_left_to_the_raw_socket(station: KernelStation) -> None:
