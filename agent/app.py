@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -32,7 +32,7 @@ from agent.adapters.bus import RawFrame, Watch
 from agent.adapters.can_bus import CanBus
 from agent.adapters.clock import SystemClock, SystemRandom
 from agent.adapters.identity import Identity
-from agent.adapters.identity import load as load_identity
+from agent.adapters.identity import read as read_identity
 from agent.adapters.identity import settle as settle_identity
 from agent.adapters.store import KeptRecord, Store
 from agent.config import AgentConfig, BusConfig
@@ -80,45 +80,39 @@ MAX_COUNTERS = 256
 _log = log.get(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class _Frames:
+class _Frames(NamedTuple):
     bus: str
     frames: list[RawFrame]
 
 
-@dataclass(frozen=True, slots=True)
-class _Dropped:
+class _Dropped(NamedTuple):
     """Frames of a bus that were lost between two monotonic times; at least `count`."""
 
     bus: str
     from_ns: int
     to_ns: int
-    count: int
+    frames: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Ask:
+class _Ask(NamedTuple):
     answer: Future[dict[str, object]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Import:
+class _Import(NamedTuple):
     """A file of rights that the local interface was handed."""
 
     content: bytes
     answer: Future[dict[str, object]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Bundle:
+class _Bundle(NamedTuple):
     """The same, verified."""
 
     event: ev.BundleVerified
     answer: Future[dict[str, object]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Imported:
+class _Imported(NamedTuple):
     """The same, on disk."""
 
     number: int
@@ -126,8 +120,7 @@ class _Imported:
     answer: Future[dict[str, object]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Fault:
+class _Fault(NamedTuple):
     error: BaseException
 
 
@@ -178,7 +171,7 @@ class App:
         imported_ms = self._clock.process_age_ms()
         started_ns = self._clock.monotonic_ns()
         settle_identity(config.state.directory)
-        identity = load_identity(config.state.directory)
+        identity = read_identity(config.state.directory)
         if identity is None:
             raise AgentError("this vehicle is not enrolled; run: fod-agent enroll --claim TOKEN")
         self._identity: Identity = identity
@@ -312,12 +305,15 @@ class App:
         """Begins to talk: to ECUs, to the cloud, and to who asks on the local socket.
 
         Raises:
-            AgentError: the local socket cannot be made, or the cloud's CA cannot be read.
+            AgentError: the certificate is damaged, the local socket cannot be made, or the
+                cloud's CA cannot be read.
         """
+        from agent.adapters.identity import check as check_identity
         from agent.adapters.link import Link, read_ca
         from agent.adapters.local_api import LocalApi
         from agent.adapters.uds import UdsClient
 
+        check_identity(self._config.state.directory, self._identity)
         self._uds = UdsClient(self._guard, self._send_frame, self._clock.monotonic_ns, self._post)
         self._listen_for(self._rights)
         self._api = LocalApi(self._config.api_socket, self._ask, self._take)

@@ -11,11 +11,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from agent.adapters.files import sync_folder, write_durably
 from agent.errors import AgentError, TrustError
@@ -23,6 +21,9 @@ from agent.errors import AgentError, TrustError
 KEY_FILE, CERTIFICATE_FILE, IDENTITY_FILE = "device.key", "device.crt", "identity.json"
 STAGED, IN_FORCE = "enrolment.new", "enrolment.done"
 """Folders of an identity that the cloud has not answered yet, and of one that counts before the old."""
+
+
+_AGAIN = "enrol again with a new claim: fod-agent enroll --again --claim TOKEN"
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,9 @@ def make_key(directory: Path) -> ec.EllipticCurvePrivateKey:
 
 def make_csr(key: ec.EllipticCurvePrivateKey, vin: str) -> bytes:
     """PKCS #10 request (RFC 2986) in DER, signed by the key."""
+    from cryptography import x509  # a start, which reads no certificate, does without it
+    from cryptography.x509.oid import NameOID
+
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, vin)])
     request = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, hashes.SHA256())
     return request.public_bytes(serialization.Encoding.DER)
@@ -76,6 +80,8 @@ def save(directory: Path, certificate_der: bytes, source: str) -> None:
     Raises:
         TrustError: the certificate is malformed or is for another key.
     """
+    from cryptography import x509
+
     if not source:
         raise TrustError("the cloud's answer names no pseudonym for usage records; nothing is kept")
     try:
@@ -91,33 +97,57 @@ def save(directory: Path, certificate_der: bytes, source: str) -> None:
 
 
 def load(directory: Path) -> Identity | None:
-    """Reads the identity; None before enrolment.
+    """Reads the identity, and checks that key and certificate belong together; None before enrolment.
 
     Raises:
         TrustError: a file is damaged, or they do not belong together.
     """
+    found = read(directory)
+    if found is not None:
+        check(directory, found)
+    return found
+
+
+def read(directory: Path) -> Identity | None:
+    """Reads the identity without looking into its certificate, which TLS needs and a start does not.
+
+    Raises:
+        TrustError: the key or the pseudonym cannot be read.
+    """
     certificate_path = _place(directory, CERTIFICATE_FILE)
     if not certificate_path.exists():
         return None
-    again = "enrol again with a new claim: fod-agent enroll --again --claim TOKEN"
     source_path = _place(directory, IDENTITY_FILE)
     try:
         source = _read_source(source_path)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TrustError(f"{source_path} is damaged ({error}); {again}") from error
-    path = _place(directory, KEY_FILE)
-    key = _read_key(path)
+        raise TrustError(f"{source_path} is damaged ({error}); {_AGAIN}") from error
+    key = _read_key(_place(directory, KEY_FILE))
     try:
         certificate_pem = certificate_path.read_bytes()
-        certificate_key = x509.load_pem_x509_certificate(certificate_pem).public_key()
-    except (OSError, ValueError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
-        raise TrustError(f"{certificate_path} is damaged ({error}); {again}") from error
-    if certificate_key != key.public_key():
-        raise TrustError(f"{certificate_path} is for another key than {path}; {again}")
+    except OSError as error:
+        raise TrustError(f"{certificate_path} is damaged ({error}); {_AGAIN}") from error
     key_pem = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
     return Identity(key, key_pem, certificate_pem, source)
+
+
+def check(directory: Path, identity: Identity) -> None:
+    """Refuses a certificate that is damaged or is for another key than the device's.
+
+    Raises:
+        TrustError: says which file, and what to do.
+    """
+    from cryptography import x509
+
+    path = _place(directory, CERTIFICATE_FILE)
+    try:
+        certificate_key = x509.load_pem_x509_certificate(identity.certificate_pem).public_key()
+    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
+        raise TrustError(f"{path} is damaged ({error}); {_AGAIN}") from error
+    if certificate_key != identity.key.public_key():
+        raise TrustError(f"{path} is for another key than {_place(directory, KEY_FILE)}; {_AGAIN}")
 
 
 def stage(directory: Path) -> ec.EllipticCurvePrivateKey:
