@@ -392,6 +392,10 @@ class Stage:
         self.until("the agent answers", self._answer)
         return self.agent
 
+    def end_agent(self) -> None:
+        """Asks the agent to end."""
+        self._programs.pop("agent").end()
+
     def kill_agent(self) -> float:
         """Kills the agent with SIGKILL; returns when, monotonic seconds."""
         self._programs.pop("agent").kill()
