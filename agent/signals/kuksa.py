@@ -57,10 +57,11 @@ MAX_DEPTH: Final = 32
 _KEYS: Final = frozenset(
     {"signal", "message", "interval_ms", "on_change", "max_age_ms", "transform", "multiplexer"}
 )
-_RANGES: Final[Mapping[str, tuple[int, int]]] = {
-    f"{sign}int{bits}": (0, 2**bits - 1) if sign else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+# What rounds to a number of the type is one: 2.55 * 100 is a little more than 255.
+_RANGES: Final[Mapping[str, tuple[float, float]]] = {
+    f"{sign}int{bits}": (low - 0.5, low + 2.0**bits - 0.5)
     for bits in (8, 16, 32, 64)
-    for sign in ("", "u")
+    for sign, low in (("u", 0), ("", -(2 ** (bits - 1))))
 }
 _NUMBERS: Final = frozenset({*_RANGES, "float", "double"})
 
@@ -228,7 +229,8 @@ def _transformed(
                 raise _Wrong("", f"signal {signal.name} has no value table, so that it gives no text")
             return replace(entry, text=True)
         if datatype == "boolean":
-            return replace(entry, mapping=((0, False), (1, True)))
+            texts = {int(raw): str(text) for raw, text in (signal.choices or {}).items()}
+            return replace(entry, mapping=((texts.get(0, 0), False), (texts.get(1, 1), True)))
         return entry
     if not isinstance(transform, dict) or len(transform) != 1 or not transform.keys() <= {"mapping", "math"}:
         raise _Wrong(".transform", "expected either mapping or math")
@@ -289,7 +291,7 @@ def _bounded(entry: MappingEntry, node: Mapping[str, object], datatype: str) -> 
     return replace(entry, minimum=_limit(node, "min", low), maximum=_limit(node, "max", high))
 
 
-def _limit(node: Mapping[str, object], name: str, of_type: int | None) -> float | None:
+def _limit(node: Mapping[str, object], name: str, of_type: float | None) -> float | None:
     own = node.get(name, of_type)
     if own is None:
         return None

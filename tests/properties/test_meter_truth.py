@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.signals_data import entry, simulated_database, table_of
 
 from agent.metering.meter import Meter
 from agent.model import (
@@ -18,6 +20,10 @@ from agent.model import (
     SignalInfo,
     SignalValue,
 )
+from agent.signals.checks import Scheme, j1850_crc
+from agent.signals.mapping import MessageSettings
+from agent.signals.state import Collector
+from agent.signals.table import Table
 
 MS = 1_000_000
 HEAT, SPEED, ODO = "Vehicle.Heating", "Vehicle.Speed", "Vehicle.TraveledDistance"
@@ -125,3 +131,149 @@ def test_with_every_frame_the_shortfall_is_only_edges() -> None:
     assert truth == 4000
     assert value >= truth - 300
     assert gap <= 400
+
+
+# --- with real frames through the collector ----------------------------------------
+
+MESSAGES = {HEAT: (704, 8), SPEED: (160, 8), ODO: (288, 8)}
+"""Identifier and length; the periods are those above."""
+BUS = "body"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of a drive, in tenths of a second, so that every message has a frame at its beginning.
+
+    Args:
+        lost: what becomes of frames in it: "" nothing; "dropped": the kernel
+            says that it lost frames; "unseen": those of one message are missing
+            and only the counter shows it; "damaged": those of one message fail
+            their checksum; "short": they are cut.
+        which: the message of the last three.
+    """
+
+    tenths: int
+    kmh: int
+    heat: bool
+    lost: str
+    which: str
+
+
+# As short as a tenth of a second only where the frames of it are lost: what comes and goes
+# between two frames that follow one another is the meter's stated limit.
+SOUND = st.builds(
+    Phase,
+    st.integers(12, 30),
+    st.sampled_from([0, 10, 29, 31, 60, 130]),
+    st.booleans(),
+    st.just(""),
+    st.just(HEAT),
+)
+FASTER = st.sampled_from([0, 60, 250])
+
+
+def lossy(tenths: int, lost: list[str], which: list[str]) -> st.SearchStrategy[Phase]:
+    kinds = st.sampled_from(lost), st.sampled_from(which)
+    return st.builds(Phase, st.integers(1, tenths), FASTER, st.booleans(), *kinds)
+
+
+LOSSY = st.one_of(
+    lossy(30, ["dropped"], [HEAT]),
+    lossy(9, ["damaged", "short"], [HEAT, SPEED, ODO]),
+    # Fifteen frames in a row come back to the same counter: nothing could show that they are missing.
+    lossy(9, ["unseen"], [HEAT, ODO]),
+    lossy(2, ["unseen"], [SPEED]),
+)
+DRIVES = st.lists(st.tuples(SOUND, LOSSY, SOUND), min_size=1, max_size=3).map(
+    lambda parts: tuple(phase for part in parts for phase in part)
+)
+
+
+@functools.cache
+def simulated_table() -> Table:
+    entries = (
+        entry(HEAT, "SEAT_HEAT", "HeatLevel", unit="percent"),
+        entry(SPEED, "PT_SPEED", "VehicleSpeed", unit="km/h", max_age_ms=500),
+        entry(ODO, "PT_ODOMETER", "Odometer", unit="km", scale=0.001),
+    )
+    checks = tuple(
+        MessageSettings(name, check=Scheme.OPENFOD_J1850) for name in ("SEAT_HEAT", "PT_SPEED", "PT_ODOMETER")
+    )
+    return table_of(simulated_database(), *entries, messages=checks)
+
+
+def payload_of(signal: str, raw: int, counter: int) -> bytes:
+    can_id, length = MESSAGES[signal]
+    body = bytes([counter]) + raw.to_bytes(4, "little") + bytes(length - 6)
+    return bytes([j1850_crc(can_id.to_bytes(2, "little") + body)]) + body
+
+
+def driven(phases: tuple[Phase, ...], name: str, offset_m: int) -> tuple[float, int, int]:
+    """Drives in steps of a millisecond; returns (truth, value, gap) in ms or m."""
+    spec = SPECS[name]
+    table = simulated_table()
+    meter, collector = Meter(spec, table.infos), Collector({BUS: table})
+    meter.open(0, {}, {})
+    counters = dict.fromkeys(MESSAGES, -1)
+    position_m, truth, now_ms, is_dropping = 1000.0 + offset_m, 0.0, 0, False
+    for phase in phases:
+        for _ in range(100 * phase.tenths):
+            raws = {
+                HEAT: int(phase.heat),
+                SPEED: 100 * phase.kmh,
+                ODO: int(position_m) // STEP_M,
+            }
+            for signal, period in PERIODS_MS.items():
+                if now_ms % period:
+                    continue
+                counters[signal] = (counters[signal] + 1) % 15
+                payload = payload_of(signal, raws[signal], counters[signal])
+                if phase.lost == "dropped":
+                    is_dropping = True
+                    continue
+                if phase.lost == "unseen" and phase.which == signal:
+                    continue
+                if phase.lost == "damaged" and phase.which == signal:
+                    payload = bytes([payload[0] ^ 0x10]) + payload[1:]
+                if phase.lost == "short" and phase.which == signal:
+                    payload = payload[:-1]
+                if is_dropping:
+                    collector.lost(BUS)
+                    is_dropping = False
+                collector.feed(BUS, [(MESSAGES[signal][0], payload, now_ms * MS)])
+            if now_ms % 20 == 0:
+                meter.observe(collector.drain(), now_ms * MS)
+            moved_m = phase.kmh / 3600
+            if phase.heat or spec.condition is None:
+                truth += moved_m if spec.kind is MeterKind.DISTANCE else 1.0
+            position_m += moved_m
+            now_ms += 1
+    meter.close(now_ms * MS)
+    totals = meter.totals_now().values()
+    return truth, sum(t.value for t in totals), sum(t.gap for t in totals)
+
+
+@settings(max_examples=150, deadline=None)
+@given(DRIVES, st.sampled_from(sorted(SPECS)), st.integers(0, STEP_M - 1))
+def test_the_truth_lies_there_too_where_frames_are_lost_or_damaged(
+    phases: tuple[Phase, ...], name: str, offset_m: int
+) -> None:
+    truth, value, gap = driven(phases, name, offset_m)
+    assert value <= truth + 1e-6, f"{name}: billed {value}, truth {truth}"
+    assert truth <= value + gap + 1e-6, f"{name}: truth {truth}, declared up to {value + gap}"
+
+
+def test_a_loss_costs_no_more_than_the_time_around_it() -> None:
+    heated = Phase(30, 60, True, "", HEAT)
+    for lost in ("dropped", "unseen", "damaged", "short"):
+        truth, value, gap = driven((heated, Phase(8, 60, False, lost, HEAT), heated), "heated time", 0)
+        assert truth == 6000
+        assert 5600 <= value <= 6000
+        assert 900 <= gap <= 1300, lost
+
+
+def test_a_loss_is_not_said_where_nothing_was_lost() -> None:
+    truth, value, gap = driven((Phase(30, 60, True, "", HEAT),) * 3, "heated time", 0)
+    assert truth == 9000
+    assert value >= 8800
+    assert gap <= 200

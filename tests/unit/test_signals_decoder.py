@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,7 +22,10 @@ from support.signals_data import (
 
 from agent.adapters.replay import replay_log
 from agent.errors import DatabaseError
+from agent.signals.checks import Scheme
 from agent.signals.database import SignalDatabase, parse
+from agent.signals.mapping import MessageSettings
+from agent.signals.state import Collector
 from agent.signals.table import CAN_EFF_FLAG, MessageRow, Table
 
 
@@ -126,3 +130,70 @@ def test_two_messages_with_one_identifier_cannot_both_be_subscribed() -> None:
     database = parse(text, Path("small.dbc"))
     with pytest.raises(DatabaseError, match="both have the identifier 0x100"):
         table_of(database, *entries)
+
+
+def settings(**found: object) -> tuple[MessageSettings, ...]:
+    return (MessageSettings(**found),)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ({"check": Scheme.HONDA}, "check honda needs the signal COUNTER"),
+        ({"check": Scheme.HONDA, "counter": "STATE"}, "check honda needs the signal CHECKSUM"),
+        ({"check": Scheme.OPENFOD_J1850}, "check openfod-j1850 needs the signal SPEEDS_COUNTER"),
+        ({"check": Scheme.TOYOTA}, "check toyota needs the signal CHECKSUM"),
+        ({"check": Scheme.SUBARU, "counter": "STATE"}, "check subaru needs the signal CHECKSUM"),
+        ({"check": Scheme.CHRYSLER, "counter": "STATE"}, "check chrysler needs the signal CHECKSUM"),
+        (
+            {"check": Scheme.HYUNDAI_CANFD, "counter": "STATE"},
+            "hyundai-canfd needs the signal CHECKSUM",
+        ),
+        ({"check": Scheme.E2E_2}, "check e2e-2 needs 16 data_ids"),
+        ({"check": Scheme.E2E_5, "offset": 6}, "too short for check e2e-5"),
+        ({"counter": "SPEDE"}, "its counter needs the signal SPEDE"),
+        ({"counter": "SPEED"}, "multiplexer SPEED is scaled"),
+        ({"any_source": True}, "any_source is for 29-bit identifiers"),
+    ],
+)
+def test_a_message_that_lacks_what_its_settings_need_is_refused(
+    found: dict[str, object], expected: str
+) -> None:
+    with pytest.raises(DatabaseError, match=re.escape(expected)):
+        table_of(
+            small_database(), entry("A.Speed", "SPEEDS", "SPEED"), messages=settings(name="SPEEDS", **found)
+        )
+
+
+def test_a_checksum_at_another_place_is_refused() -> None:
+    database = simulated_database()
+    message = database.messages["PT_GEAR"]
+    message.get_signal_by_name("PT_GEAR_CRC").start = 16
+    moved = SignalDatabase(database.path, {"PT_GEAR": message})
+    with pytest.raises(DatabaseError, match="PT_GEAR_CRC is not where check openfod-j1850 has it"):
+        table_of(
+            moved,
+            entry("A.Gear", "PT_GEAR", "Gear"),
+            messages=settings(name="PT_GEAR", check=Scheme.OPENFOD_J1850),
+        )
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ("M : 0|8@1+ (1,0)", "M : 0|8@1+ (2,0)", "multiplexer WHICH is scaled"),
+        ("SELECTED: 4", "SELECTED: 65", "one frame holds 1 to 64"),
+        ("m0 : 8|16@1- (1,0)", "m0 : 8|16@1- (1e99,0)", "a scale or offset of more than"),
+    ],
+)
+def test_what_could_not_be_read_exactly_is_refused(before: str, after: str, expected: str) -> None:
+    assert before in SMALL_DBC
+    database = parse(SMALL_DBC.replace(before, after), Path("small.dbc"))
+    with pytest.raises(DatabaseError, match=re.escape(expected)):
+        table_of(database, entry("A.First", "SELECTED", "FIRST"))
+
+
+def test_what_is_behind_the_end_of_a_message_is_padding() -> None:
+    collector = Collector({"b": table_of(small_database(), entry("A.First", "SELECTED", "FIRST"))})
+    collector.feed("b", [(CAN_EFF_FLAG | 512, bytes.fromhex("000100ffffff"), 1)])
+    assert [c.value for c in collector.drain().changes] == [1]
