@@ -69,7 +69,8 @@ class OpenBus(Protocol):
     """A bus that is open. `read` belongs to one thread, everything else to any."""
 
     dropped: int
-    """Frames that the kernel or the adapter says it lost since the bus was opened; at least."""
+    """Frames that the kernel or the adapter says it lost since the bus was opened; at least. It grows
+    with the call of `read` whose frames came after the loss, not before."""
     malformed: int
     """Pieces that were no frame, since the bus was opened."""
 
