@@ -231,6 +231,7 @@ def test_drops_reach_the_agent_with_their_bounds(
         for _ in range(300):
             station.send(1, b"\2")
         go_on.set()
+        wait_until(lambda: bus.counts.frames + bus.counts.dropped == 301)
         station.send(1, b"\3")
         wait_until(lambda: bus.counts.frames + bus.counts.dropped == 302)
         first_ns = listener.frames[0].at_ns
@@ -410,7 +411,7 @@ def test_a_clock_that_is_set_moves_no_frame_out_of_its_window(station: KernelSta
             wall_ns[0] += step_ns
             station.send(1, b"\1")
             (frame,) = bus.read(1)
-            assert last_ns - 1_000_000 <= frame.at_ns <= time.monotonic_ns()
+            assert last_ns - 5_000_000 <= frame.at_ns <= time.monotonic_ns()
             last_ns = time.monotonic_ns()
             assert bus.read(0) == []
 
