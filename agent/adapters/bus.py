@@ -18,6 +18,9 @@ MAX_BATCH_FRAMES: Final = 4096
 """From this many frames on, `OpenBus.read` returns what it has."""
 MAX_CLASSIC_BYTES: Final = 8
 """Most data bytes of a frame that is not CAN FD (ISO 11898-1:2015, 10.4.2.4)."""
+MAX_CLOCK_DOUBT_NS: Final = 50_000
+"""Two clocks that were read in more time than this are read again, at most MAX_CLOCK_READINGS times."""
+MAX_CLOCK_READINGS: Final = 4
 FD_LENGTHS: Final = frozenset({*range(9), 12, 16, 20, 24, 32, 48, 64})
 """The data lengths that CAN FD has (ISO 11898-1:2015, 10.4.2.4)."""
 CAN_EFF_FLAG: Final = 0x8000_0000
@@ -70,7 +73,10 @@ class OpenBus(Protocol):
 
     @property
     def dropped(self) -> int:
-        """Frames that the kernel or the adapter says it lost since the bus was opened; at least."""
+        """Frames that the kernel or the adapter says it lost since the bus was opened; at least.
+
+        It grows with the call of `read` whose frames came after the loss, not before.
+        """
         ...
 
     @property
@@ -137,8 +143,7 @@ class Stamps:
             stamps_ns: Unix nanoseconds, in the order of the frames.
             was_emptied: nothing is waiting any more.
         """
-        now_ns = self._monotonic_ns()
-        offset_ns = now_ns - self._wall_ns()
+        now_ns, offset_ns = self._clocks()
         found = [stamp_ns + offset_ns for stamp_ns in stamps_ns]
         times = list(accumulate(found, max, initial=self._floor_ns))[1:]
         if times and times[-1] > now_ns:
@@ -148,3 +153,15 @@ class Stamps:
         elif times:
             self._floor_ns = times[-1]
         return times
+
+    def _clocks(self) -> tuple[int, int]:
+        """The monotonic time, and how much it is ahead of the wall clock."""
+        readings = []
+        for _ in range(MAX_CLOCK_READINGS):
+            # Whatever interrupts us between the clocks would move the frames by as much.
+            before_ns, wall_ns, now_ns = self._monotonic_ns(), self._wall_ns(), self._monotonic_ns()
+            readings.append((now_ns - before_ns, now_ns, now_ns - wall_ns))
+            if now_ns - before_ns < MAX_CLOCK_DOUBT_NS:
+                break
+        _, now_ns, offset_ns = min(readings)
+        return now_ns, offset_ns

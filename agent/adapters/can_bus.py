@@ -4,7 +4,8 @@ A reader thread opens the adapter of the bus's interface, reads frames and hands
 them on. A bus that is lost (reader error, bus-off, vanished interface) is a
 state, not a crash: it is reported and opened again with full-jitter backoff.
 The thread ends only with a state that says so. Frames that an adapter, or this
-reader, could not hand on are declared with the time between which they were.
+reader, could not hand on are declared with the times between which they were,
+and at their place between those that are handed on.
 Nothing is sent unless the caller sends it; a listen-only bus refuses to send.
 
 `interface` is `socketcan`, `slcan`, `socketcand`, `replay` for any log that
@@ -19,7 +20,7 @@ import enum
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -173,7 +174,8 @@ class CanBus:
             on_state: called in the reader's thread with name, state and reason.
             on_dropped: called in the reader's thread with name, two monotonic
                 times and the number of frames that were lost between them, at
-                least; before the frames of that time are handed on.
+                least, and 0 if the bus was lost meanwhile. What was handed on
+                before is older than the loss, what comes after it is newer.
             wanted_ids: `can_id`s (RawFrame) that are received; None: all.
             urgent_ids: are received and do not wait for the window.
             watches: messages of which only changes are to be received, where
@@ -337,7 +339,10 @@ class CanBus:
             raise BusLostError(f"cannot be opened: {error}") from error
         try:
             self._dropped = self._malformed = 0
-            self._heard_ns = self._monotonic_ns()
+            now_ns = self._monotonic_ns()
+            if self.counts.lost:
+                self._declare(now_ns, 0)  # what was on the bus meanwhile, nobody knows
+            self._heard_ns = now_ns
             self._set_controller(ControllerState.UNKNOWN)
             with self._lock:
                 try:
@@ -365,47 +370,44 @@ class CanBus:
             finally:
                 self.counts.malformed += bus.malformed - self._malformed
                 self._malformed = bus.malformed
-            errors = [frame for frame in frames if frame[0] & CAN_ERR_FLAG]
-            overflows = self._take_errors(errors) if errors else 0
-            if bus.dropped > self._dropped or overflows:
-                count = max(bus.dropped - self._dropped, overflows)
-                self._dropped = bus.dropped
-                self._declare(frames[-1].at_ns if frames else self._monotonic_ns(), count)
-            if errors:
-                frames = [frame for frame in frames if not frame[0] & CAN_ERR_FLAG]
-            if frames:
-                self._hand_on(list(frames))
+            if bus.dropped > self._dropped:
+                count, self._dropped = bus.dropped - self._dropped, bus.dropped
+                self._declare(frames[0].at_ns if frames else self._monotonic_ns(), count)
+            start = 0
+            for index in [i for i, frame in enumerate(frames) if frame[0] & CAN_ERR_FLAG]:
+                self._hand_on(frames[start:index])
+                self._take_error(frames[index])
+                start = index + 1
+            self._hand_on(frames[start:])
             if self.controller is ControllerState.BUS_OFF:
                 raise BusLostError("bus-off")
 
-    def _take_errors(self, errors: list[RawFrame]) -> int:
-        """Follows the controller; returns how often it says that it lost frames."""
-        self.counts.error_frames += len(errors)
-        overflows = 0
-        state = self.controller
-        for can_id, data, _ in errors:
-            overflows += bool(can_id & _CAN_ERR_CRTL and len(data) > 1 and data[1] & _CRTL_OVERFLOW)
-            state = controller_after(state, can_id, data)
-            if state is ControllerState.BUS_OFF:
-                break
-        self._set_controller(state)
-        return overflows
+    def _take_error(self, error: RawFrame) -> None:
+        """Follows the controller, and declares what it says it lost."""
+        self.counts.error_frames += 1
+        can_id, data, at_ns = error
+        if can_id & _CAN_ERR_CRTL and len(data) > 1 and data[1] & _CRTL_OVERFLOW:
+            self._declare(at_ns, 1)
+        # Frames that still come after a bus-off are handed on before the bus is opened again.
+        if self.controller is not ControllerState.BUS_OFF:
+            self._set_controller(controller_after(self.controller, can_id, data))
 
-    def _hand_on(self, frames: list[RawFrame]) -> None:
-        until_ns = max(frames[-1].at_ns, self._heard_ns)
+    def _hand_on(self, frames: Sequence[RawFrame]) -> None:
+        if not frames:
+            return
+        kept = list(frames)
         waiting = self._handed_on - self._taken
         if waiting > MAX_WAITING_FRAMES:
             # A flood of one identifier must not keep the others from being heard.
-            kept = list({frame.can_id: frame for frame in frames}.values())
-            kept = sorted(kept, key=lambda frame: frame.at_ns) if waiting <= 2 * MAX_WAITING_FRAMES else []
+            latest = {frame.can_id: frame for frame in frames if waiting <= 2 * MAX_WAITING_FRAMES}
+            kept = sorted(latest.values(), key=lambda frame: frame.at_ns)
             if len(kept) < len(frames):
-                self._declare(until_ns, len(frames) - len(kept))
-            frames = kept
-        self._heard_ns = until_ns
-        if frames:
-            self._handed_on += len(frames)
-            self.counts.frames += len(frames)
-            self._on_frames(self.name, frames)
+                self._declare(frames[-1].at_ns, len(frames) - len(kept))
+        self._heard_ns = max(self._heard_ns, frames[-1].at_ns)
+        if kept:
+            self._handed_on += len(kept)
+            self.counts.frames += len(kept)
+            self._on_frames(self.name, kept)
 
     def _declare(self, until_ns: int, count: int) -> None:
         self.counts.dropped += count

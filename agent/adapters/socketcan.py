@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import itertools
 import os
 import select
 import socket
@@ -232,6 +233,7 @@ class SocketcanBus:
         self._stamps = Stamps(monotonic_ns, wall_ns)
         self._selected: frozenset[int] | None = None
         self._urgent: frozenset[int] = frozenset()
+        self._later: list[tuple[int, RawFrame]] = []
         self._emptied_ns = 0
         self._is_busy = False
         self._error: BusLostError | None = None
@@ -270,14 +272,15 @@ class SocketcanBus:
         with self._reading:
             if self._closed:
                 raise BusLostError("closed")
+            if self._later:
+                return self._up_to_loss()
             if self._error is not None:
                 raise self._error
             was_urgent = self._wait(timeout_s)
             frames = self._drain()
             if was_urgent and not any(frame[0] in self._urgent for frame in frames):
-                # The kernel gave it to the socket that wakes us first.
-                self._idle.poll(URGENT_PAUSE_S * 1000)
-                frames += self._drain()
+                # The kernel gave it to the socket that wakes us first: the next read takes it at once.
+                self._is_busy = False
             return frames
 
     def _wait(self, timeout_s: float) -> bool:
@@ -321,15 +324,27 @@ class SocketcanBus:
         )
         self._is_busy = bool(rows)
         self._emptied_ns = self._monotonic_ns() if is_empty else 0
-        if rows:
-            self.dropped = max(self.dropped, rows[-1][5])
-        else:
-            self.dropped = max(self.dropped, drops(self._socket))
-        new, selected = tuple.__new__, self._selected
+        new = tuple.__new__
         frames = [
             new(RawFrame, (can_id, data[:length], at_ns))
             for (can_id, length, data, _, _, _), at_ns in zip(rows, times, strict=True)
         ]
+        if not rows:
+            self.dropped = max(self.dropped, drops(self._socket))
+        elif rows[-1][5] > self.dropped:
+            self._later = [(row[5], frame) for row, frame in zip(rows, frames, strict=True)]
+            return self._up_to_loss()
+        return self._only_selected(frames)
+
+    def _up_to_loss(self) -> list[RawFrame]:
+        """What was fetched, up to the next place where the kernel dropped frames, which are counted then."""
+        self.dropped = max(self.dropped, self._later[0][0])
+        frames = [frame for _, frame in itertools.takewhile(lambda it: it[0] <= self.dropped, self._later)]
+        del self._later[: len(frames)]
+        return self._only_selected(frames)
+
+    def _only_selected(self, frames: list[RawFrame]) -> list[RawFrame]:
+        selected = self._selected
         if selected is None:
             return frames
         return [frame for frame in frames if frame[0] in selected or frame[0] & CAN_ERR_FLAG]

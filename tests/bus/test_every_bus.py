@@ -153,7 +153,7 @@ def test_times_lie_between_sending_and_hearing_and_never_go_back(station: Statio
         frames = heard(listener, 50)
         heard_ns = time.monotonic_ns()
     # The kernel's clocks and time stamps have their own grain.
-    assert all(before - 1_000_000 <= f.at_ns <= heard_ns for before, f in zip(sent_ns, frames, strict=True))
+    assert all(before - 5_000_000 <= f.at_ns <= heard_ns for before, f in zip(sent_ns, frames, strict=True))
     assert [f.at_ns for f in frames] == sorted(f.at_ns for f in frames)
 
 

@@ -27,9 +27,11 @@ class Listener:
         self.batches: list[list[RawFrame]] = []
         self.states: list[tuple[BusState, str]] = []
         self.drops: list[tuple[int, int, int]] = []
+        self.order: list[str] = []
 
     def on_frames(self, name: str, frames: list[RawFrame]) -> None:
         assert name
+        self.order.append("frames")
         self.batches.append(list(frames))
 
     def on_state(self, name: str, state: BusState, reason: str) -> None:
@@ -38,6 +40,7 @@ class Listener:
 
     def on_dropped(self, name: str, from_ns: int, to_ns: int, count: int) -> None:
         assert name
+        self.order.append("drop")
         self.drops.append((from_ns, to_ns, count))
 
     @property

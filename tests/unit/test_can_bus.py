@@ -133,12 +133,12 @@ def test_a_bus_that_refuses_the_filters_is_not_up() -> None:
 def test_a_bus_off_is_a_loss_after_what_came_before_it() -> None:
     listener, garage = Listener(), FakeGarage()
     with running(fake_bus(listener, garage)) as bus:
-        first_bus(garage).items.put([error(CRTL), frame(1), error(BUSOFF)])
+        first_bus(garage).items.put([error(CRTL), frame(1), error(BUSOFF), error(RESTARTED), frame(2)])
         wait_until(listener.saw(BusState.LOST))
         wait_until(lambda: len(garage.buses) == 2)
     assert (BusState.LOST, "bus-off") in listener.states
-    assert bus.counts.error_frames == 2
-    assert [f.can_id for f in listener.frames] == [1]
+    assert bus.counts.error_frames == 3
+    assert [f.can_id for f in listener.frames] == [1, 2]
 
 
 def test_the_controllers_state_follows_its_error_frames() -> None:
@@ -183,43 +183,49 @@ def test_every_error_frame_leads_to_one_state_of_the_table() -> None:
 
 def test_drops_are_declared_between_the_frames_around_them() -> None:
     listener, garage = Listener(), FakeGarage()
-    with running(fake_bus(listener, garage)) as bus:
+    with running(fake_bus(listener, garage, monotonic_ns=lambda: 0)) as bus:
         fake = first_bus(garage)
         fake.items.put([frame(1, 10_000), frame(2, 20_000)])
         wait_until(lambda: len(listener.frames) == 2)
+        assert listener.drops == []
         fake.dropped = 7
         fake.items.put([frame(3, 30_000), frame(4, 40_000)])
         wait_until(lambda: len(listener.frames) == 4)
-    assert listener.drops == [(max(20_000, listener.drops[0][0]), listener.drops[0][1], 7)]
+    assert listener.drops == [(20_000, 30_000, 7)]
+    assert listener.order == ["frames", "drop", "frames"]
     assert bus.counts.dropped == 7
 
 
-def test_drops_are_counted_anew_after_a_bus_was_opened_again() -> None:
+def test_what_was_missed_while_the_bus_was_lost_is_declared_without_a_number() -> None:
     now_ns = [1000]
     listener, garage = Listener(), FakeGarage()
     with running(fake_bus(listener, garage, monotonic_ns=lambda: now_ns[0])) as bus:
         fake = first_bus(garage)
         fake.dropped = 5
         fake.items.put([frame(1, 2000)])
-        wait_until(lambda: bool(listener.drops))
+        wait_until(lambda: bool(listener.frames))
         now_ns[0] = 3000
         fake.items.put(BusLostError("gone"))
         wait_until(lambda: len(garage.buses) == 2)
+        wait_until(lambda: len(listener.drops) == 2)
         now_ns[0] = 4000
+        # A bus that was opened anew counts anew.
         garage.buses[1].dropped = 2
         garage.buses[1].items.put([])
-        wait_until(lambda: len(listener.drops) == 2)
-    assert listener.drops == [(1000, 2000, 5), (3000, 4000, 2)]
+        wait_until(lambda: len(listener.drops) == 3)
+    assert listener.drops == [(1000, 2000, 5), (2000, 3000, 0), (3000, 4000, 2)]
     assert bus.counts.dropped == 7
 
 
-def test_an_overflow_of_the_controller_is_a_drop() -> None:
+def test_an_overflow_of_the_controller_is_declared_at_its_place() -> None:
     listener, garage = Listener(), FakeGarage()
     with running(fake_bus(listener, garage, monotonic_ns=lambda: 1000)) as bus:
-        first_bus(garage).items.put([frame(1, 2000), error(CRTL, 0x01, 3000), error(CRTL, 0x01, 4000)])
-        wait_until(lambda: bool(listener.frames))
-    assert listener.drops == [(1000, 4000, 2)]
-    assert bus.counts.dropped == 2
+        overflow = error(CRTL, 0x01, 3000)
+        first_bus(garage).items.put([frame(1, 2000), overflow, frame(2, 4000)])
+        wait_until(lambda: len(listener.frames) == 2)
+    assert listener.drops == [(2000, 3000, 1)]
+    assert listener.order == ["frames", "drop", "frames"]
+    assert bus.counts.dropped == 1
 
 
 def test_frames_that_nobody_takes_are_thinned_out_then_dropped_and_declared() -> None:
