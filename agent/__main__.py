@@ -244,6 +244,7 @@ def _watch(config: AgentConfig, arguments: argparse.Namespace) -> int:
         once=arguments.once,
         wanted=arguments.filter,
         as_json=arguments.json,
+        out=sys.stdout,
     )
     return EXIT_DONE
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import queue
 import shutil
@@ -274,9 +275,11 @@ class View:
         self._rates: dict[str, float] = {}
         """Frames a second of each bus and message since the snapshot before."""
         self._changed_ns: dict[str, int] = {}
+        self._is_same_problem = True
 
     def take(self, snapshot: Snapshot) -> None:
         """The next snapshot; without anything but a problem, the last one stays beside it."""
+        self._is_same_problem = snapshot.problem == self._now.problem
         if snapshot.problem:
             self._now = Snapshot(snapshot.at_ns, self._now.source, self._now.buses, {}, {}, snapshot.problem)
             self._before = None
@@ -325,7 +328,9 @@ class View:
     def news(self) -> list[str]:
         """What is different from the snapshot before, as lines; everything the first time."""
         now, before = self._now, self._before
-        lines = [f"problem: {now.problem}"] if now.problem else []
+        if now.problem:
+            return [] if self._is_same_problem else [printable(f"problem: {now.problem}")]
+        lines = []
         for name, row in now.buses.items():
             old = before.buses.get(name) if before else None
             if old is None or (row.state, row.controller) != (old.state, old.controller):
@@ -462,7 +467,7 @@ def watch(
     once: bool,
     wanted: str,
     as_json: bool,
-    out: TextIO = sys.stdout,
+    out: TextIO,
     monotonic_ns: Callable[[], int] = time.monotonic_ns,
     unix_ns: Callable[[], int] = time.time_ns,
 ) -> None:
@@ -479,9 +484,10 @@ def watch(
     """
     is_screen = out.isatty() and not (as_json or once)
     view = View(wanted, colours=is_screen and "NO_COLOR" not in os.environ)
-    source = _choose(config, monotonic_ns)
+    source: Source | None = None
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        source = _choose(config, monotonic_ns)
         with _terminal(out) if is_screen else contextlib.nullcontext():
             view.take(_look(source, monotonic_ns))
             while True:
@@ -505,7 +511,8 @@ def watch(
         os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
     finally:
         signal.signal(signal.SIGTERM, before)
-        source.close()
+        if source is not None:
+            source.close()
 
 
 def _choose(config: AgentConfig, monotonic_ns: Callable[[], int]) -> Source:
@@ -552,10 +559,13 @@ def _show(view: View, out: TextIO, *, is_screen: bool, as_json: bool, unix_ns: i
 
 @contextlib.contextmanager
 def _terminal(out: TextIO) -> Iterator[None]:
-    """Another screen, so that what stood in the terminal is there again afterwards."""
+    """Another screen, so that what stood in the terminal is there again afterwards; no log lines in it."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # what matters of them is on the screen
     out.write(_ENTER)
     try:
         yield
     finally:
+        logging.disable(disabled)
         out.write(_LEAVE)
         out.flush()

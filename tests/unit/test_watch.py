@@ -167,8 +167,12 @@ def test_an_agent_that_has_gone_is_said_and_its_values_are_no_longer_shown() -> 
     text = "\n".join(view.screen(200, 60))
     assert "no agent answers; waiting for it" in text
     assert "12.5" not in text
-    assert view.news()[0] == "problem: no agent answers; waiting for it"
+    assert view.news() == ["problem: no agent answers; waiting for it"]
     assert view.document(0)["signals"] == {}
+    view.take(Snapshot(4 * S, "", problem="no agent answers; waiting for it"))
+    assert view.news() == []
+    view.take(snapshot_of(STATUS, 5 * S, "agent"))
+    assert "Vehicle.Speed 12.5 km/h" in view.news()
 
 
 @pytest.mark.parametrize(
