@@ -213,9 +213,19 @@ def _print_import(answer: dict[str, object]) -> None:
 
 
 def _run(config: AgentConfig, _arguments: argparse.Namespace) -> int:
-    from agent.app import App
+    from agent.buses import Buses
 
-    return App(config).run()
+    # Frames gather while the rest, which takes most of a start, is loaded.
+    buses = Buses(config)
+    buses.open()
+    try:
+        from agent.app import App
+
+        app = App(config, buses=buses)
+    except BaseException:
+        buses.close()
+        raise
+    return app.run()
 
 
 def _status(config: AgentConfig, arguments: argparse.Namespace) -> int:

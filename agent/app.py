@@ -26,16 +26,15 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from agent import __version__, boot, importing
 from agent import events as ev
-from agent.adapters import signal_table
 from agent.adapters.archive import KEY_BYTES, seal
-from agent.adapters.bus import RawFrame, Watch
-from agent.adapters.can_bus import CanBus
+from agent.adapters.bus import RawFrame
 from agent.adapters.clock import SystemClock, SystemRandom
 from agent.adapters.identity import Identity
 from agent.adapters.identity import read as read_identity
 from agent.adapters.identity import settle as settle_identity
 from agent.adapters.store import KeptRecord, Store
-from agent.config import AgentConfig, BusConfig
+from agent.buses import Buses, Dropped, Frames, StateChanged
+from agent.config import AgentConfig
 from agent.engine import Engine
 from agent.errors import (
     AgentError,
@@ -44,13 +43,12 @@ from agent.errors import (
     MalformedError,
     ReplayError,
     TrustError,
-    VehicleError,
 )
 from agent.features.guard import Guard
 from agent.features.lifecycle import State
 from agent.metering.ledger import check_conditions
 from agent.metering.record import BATCH_DOMAIN, RECEIPT_DOMAIN, batch
-from agent.model import Frame, Rights, Verdict, Versions
+from agent.model import Rights, Verdict, Versions
 from agent.signals.state import Collector
 from agent.trust.clock import UNKNOWN_UNCERTAINTY_MS, TrustedClock
 from agent.trust.expiry import Ending, endings
@@ -78,20 +76,6 @@ MAX_COUNTERS = 256
 """Token counters in a Hello (vehicle_service.proto)."""
 
 _log = log.get(__name__)
-
-
-class _Frames(NamedTuple):
-    bus: str
-    frames: list[RawFrame]
-
-
-class _Dropped(NamedTuple):
-    """Frames of a bus that were lost between two monotonic times; at least `count`."""
-
-    bus: str
-    from_ns: int
-    to_ns: int
-    frames: int
 
 
 class _Ask(NamedTuple):
@@ -134,7 +118,19 @@ class _Stop:
     pass
 
 
-_Item = ev.Event | _Frames | _Dropped | _Ask | _Import | _Bundle | _Imported | _Fault | _Loaded | _Stop
+_Item = (
+    ev.Event
+    | Frames
+    | Dropped
+    | StateChanged
+    | _Ask
+    | _Import
+    | _Bundle
+    | _Imported
+    | _Fault
+    | _Loaded
+    | _Stop
+)
 
 
 def receipt_key(path: Path) -> Ed25519PublicKey:
@@ -155,11 +151,14 @@ def receipt_key(path: Path) -> Ed25519PublicKey:
 class App:
     """A running agent."""
 
-    def __init__(self, config: AgentConfig, clock: SystemClock | None = None) -> None:
+    def __init__(
+        self, config: AgentConfig, clock: SystemClock | None = None, buses: Buses | None = None
+    ) -> None:
         """Opens the store and verifies what it holds; touches no bus and no network.
 
         Args:
             clock: the machine's clocks, if not those of this machine.
+            buses: those of the configuration, if they are open already.
 
         Raises:
             AgentError: something is missing or damaged; says what.
@@ -167,7 +166,8 @@ class App:
         self._config = config
         self._clock = clock or SystemClock()
         self._random = SystemRandom()
-        self._queue: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+        self._buses = buses or Buses(config, self._clock)
+        self._queue: queue.SimpleQueue[_Item] = self._buses.queue
         imported_ms = self._clock.process_age_ms()
         started_ns = self._clock.monotonic_ns()
         settle_identity(config.state.directory)
@@ -197,9 +197,7 @@ class App:
         self._watch_ns = self._warn_ns = 0
         self._down_reason = ""
         self._guard = Guard(listen_only=config.vehicle.listen_only)
-        loaded = {b.name: signal_table.load(b, config.state.directory) for b in config.buses}
-        self._tables = {name: table for name, table in loaded.items() if table is not None}
-        self._collector = Collector(self._tables)
+        self._collector = Collector(self._buses.tables)
         now_ns = self._clock.monotonic_ns()
         self._engine = Engine(
             source=identity.source,
@@ -221,7 +219,6 @@ class App:
             log_head=stored.log_head,
             owner_epoch=stored.floors.owner_epoch,
         )
-        self._buses = {b.name: self._make_bus(b) for b in config.buses}
         self._ecu_ids: Mapping[str, frozenset[int]] = {}
         self._uds: UdsClient | None = None
         self._held: list[ev.RunEcu] = []
@@ -240,35 +237,6 @@ class App:
             planned_ms=(now_ns - verified_ns) // 1_000_000,
         )
 
-    def _make_bus(self, bus: BusConfig) -> CanBus:
-        table = self._tables.get(bus.name)
-        watches: dict[int, Watch] = {}
-        if table is not None and bus.changes_only:
-            from agent.adapters.broadcast_manager import watches_of
-
-            watches = watches_of(table)
-        return CanBus(
-            bus.name,
-            bus.interface,
-            bus.channel,
-            bus.bitrate,
-            bus.fd,
-            on_frames=lambda name, frames: self._queue.put(_Frames(name, frames)),
-            on_state=lambda name, state, reason: self._post(ev.BusChanged(name, state.value, reason)),
-            on_dropped=lambda *dropped: self._queue.put(_Dropped(*dropped)),
-            wanted_ids=self._wanted(bus.name),
-            watches=watches,
-            listen_only=self._config.vehicle.listen_only,
-            monotonic_ns=self._clock.monotonic_ns,
-            wall_ns=self._clock.wall_ns,
-            uniform=self._random.uniform,
-            **bus.options,
-        )
-
-    def _wanted(self, bus: str) -> frozenset[int] | None:
-        table = self._tables.get(bus)
-        return table.can_ids if table else frozenset()
-
     # --- the loop ----------------------------------------------------------------
 
     def run(self) -> int:
@@ -279,8 +247,7 @@ class App:
         try:
             self._submit(self._writer, self._seal_former)
             self._step(self._booted)
-            for bus in self._buses.values():
-                bus.open()
+            self._buses.open()
             self._loop()
         except AgentError as error:
             code = 1
@@ -314,7 +281,7 @@ class App:
         from agent.adapters.uds import UdsClient
 
         check_identity(self._config.state.directory, self._identity)
-        self._uds = UdsClient(self._guard, self._send_frame, self._clock.monotonic_ns, self._post)
+        self._uds = UdsClient(self._guard, self._buses.send, self._clock.monotonic_ns, self._post)
         self._listen_for(self._rights)
         self._api = LocalApi(self._config.api_socket, self._ask, self._take)
         cloud = self._config.cloud
@@ -355,9 +322,11 @@ class App:
             case None:
                 if self._clock.monotonic_ns() >= self._engine.wake_ns():
                     self._step(ev.Ticked())
-            case _Frames(bus, frames):
+            case Frames(bus, frames):
                 self._take_frames(bus, frames)
-            case _Dropped(bus, from_ns, to_ns, count):
+            case StateChanged(bus, state, reason):
+                self._step(ev.BusChanged(bus, state.value, reason))
+            case Dropped(bus, from_ns, to_ns, count):
                 self._collector.lost(bus)
                 within_ms = (to_ns - from_ns) // 1_000_000
                 _log.warning("frames were lost", bus=bus, count=count, within_ms=within_ms)
@@ -390,7 +359,7 @@ class App:
         if not self._is_loading:
             _log.info("first frame is decoded", after_ms=self._clock.process_age_ms())
             self._load_soon()
-        self._buses[bus].taken(len(frames))
+        self._buses.by_name[bus].taken(len(frames))
         self._step(ev.SignalsArrived(self._collector.drain()))
 
     def _load_soon(self) -> None:
@@ -478,17 +447,7 @@ class App:
                 ids = {raw_id(ecu.request_id), raw_id(ecu.response_id)}
                 ecu_ids[ecu.bus] = ecu_ids.get(ecu.bus, FUNCTIONAL_IDS) | ids
         self._ecu_ids = ecu_ids
-        for name, bus in self._buses.items():
-            try:
-                bus.receive(self._wanted(name), ecu_ids.get(name, ()))
-            except VehicleError as error:
-                _log.warning(str(error), bus=name)
-
-    def _send_frame(self, frame: Frame) -> None:
-        bus = self._buses.get(frame.bus)
-        if bus is None:
-            raise VehicleError(f"the catalogue names bus {frame.bus!r}, agent.toml has none of that name")
-        bus.send(frame)
+        self._buses.receive(ecu_ids)
 
     # --- store and worker ------------------------------------------------------------
 
@@ -716,18 +675,7 @@ class App:
         status["link_reason"] = self._down_reason
         status["problems"] = [*self._problems, *filter(None, [self._keeper.problem])]
         status["warnings"] = [asdict(ending) for ending in self._endings()]
-        status["bus_counts"] = {
-            name: {
-                "frames": bus.counts.frames,
-                "error_frames": bus.counts.error_frames,
-                "malformed": bus.counts.malformed,
-                "dropped": bus.counts.dropped,
-                "lost": bus.counts.lost,
-            }
-            for name, bus in self._buses.items()
-        }
-        status["bus_reasons"] = {name: bus.reason for name, bus in self._buses.items()}
-        status["controllers"] = {name: bus.controller.value for name, bus in self._buses.items()}
+        status |= self._buses.status()
         status["messages"] = {
             f"{bus}/{message}": {
                 "used": health.used,
@@ -760,11 +708,7 @@ class App:
             self._api.close()
         if self._link is not None:
             self._link.stop()
-        for bus in self._buses.values():
-            try:
-                bus.close()
-            except AgentError as error:
-                _log.warning(str(error))
+        self._buses.close()
         # What is queued is still written; a disk that refuses may hold the end up only so long.
         patience = threading.Timer(STORE_RETRY_S, self._stopping.set)
         patience.start()

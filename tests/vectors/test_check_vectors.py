@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.signals_data import data_file, load
 
-from agent.adapters.can_bus import replay_log
+from agent.adapters.replay import replay_log
 from agent.errors import DatabaseError
 from agent.signals.checks import Check, DataIdMode, Scheme, j1850_crc, residue
 
