@@ -8,7 +8,8 @@ sends it anew.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from agent.adapters.floors_file import FloorsFile
 from agent.adapters.store import Store, Stored
@@ -28,8 +29,7 @@ STORE_FILE = "agent.db"
 _log = log.get(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
+class Start(NamedTuple):
     """What a store and the second copy of the floors give together.
 
     Args:

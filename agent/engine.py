@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
 
 from agent import events as ev
 from agent.errors import IllegalTransitionError, NegativeResponseError, VehicleError
@@ -73,8 +74,7 @@ _MAX_STEPS = 16
 _READ_BACK_POSITIVE = 0x62
 
 
-@dataclass(frozen=True, slots=True)
-class _EcuView:
+class _EcuView(NamedTuple):
     """What an ECU last said of a feature."""
 
     on: bool

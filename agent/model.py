@@ -28,8 +28,7 @@ def odometer_metres(value: SignalValue | None) -> int | None:
 # --- bus and signals ---------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """One CAN frame.
 
     Args:
@@ -48,8 +47,7 @@ class Frame:
     is_fd: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class SignalInfo:
+class SignalInfo(NamedTuple):
     """What is known of a signal besides its value.
 
     Args:
@@ -116,8 +114,7 @@ class MeterKind(enum.Enum):
     DISTANCE = "distance"
 
 
-@dataclass(frozen=True, slots=True)
-class ConditionSpec:
+class ConditionSpec(NamedTuple):
     """An expression over signals, and the signals that it reads.
 
     Args:
@@ -130,8 +127,7 @@ class ConditionSpec:
     inputs: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class DimensionSpec:
+class DimensionSpec(NamedTuple):
     """A dimension of a meter: the first value whose condition holds is taken."""
 
     name: str
@@ -174,8 +170,7 @@ class EcuSpec:
     response_id: int
 
 
-@dataclass(frozen=True, slots=True)
-class ReadBackSpec:
+class ReadBackSpec(NamedTuple):
     """How to see what the ECU really does: bytes of a DID under a mask.
 
     Args:
@@ -257,8 +252,7 @@ class PlanKind(enum.Enum):
     PAY_PER_USE = 6
 
 
-@dataclass(frozen=True, slots=True)
-class Quota:
+class Quota(NamedTuple):
     """A limit on a meter, in the meter's unit."""
 
     meter_id: str
@@ -291,8 +285,7 @@ class Entitlement:
     trace_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """An ECU token that the director listed for this vehicle.
 
     Args:
@@ -310,8 +303,7 @@ class Token:
     sha256: str
 
 
-@dataclass(frozen=True, slots=True)
-class TokenKeyAnnouncement:
+class TokenKeyAnnouncement(NamedTuple):
     """A token key that the offline token root announces to ECUs (docs/token.md, "Keys").
 
     Args:
@@ -325,8 +317,7 @@ class TokenKeyAnnouncement:
     sha256: str
 
 
-@dataclass(frozen=True, slots=True)
-class TlsAnchor:
+class TlsAnchor(NamedTuple):
     """A certificate that the cloud's servers may be known by, and for how long.
 
     The certificate's own dates say nothing, so that TLS needs no clock; these

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from agent.adapters.files import sync_folder
 from agent.errors import JournalError
@@ -72,8 +72,7 @@ _NEXT_STEP = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class KeptRecord:
+class KeptRecord(NamedTuple):
     """A record of the journal as it is kept.
 
     Args:

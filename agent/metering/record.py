@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from agent.errors import JournalError
 from agent.metering.meter import Dimensions
@@ -40,8 +40,7 @@ GAP_REASONS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
+class Head(NamedTuple):
     """Where a journal ends.
 
     Args:
@@ -55,8 +54,7 @@ class Head:
     hash: bytes = GENESIS_HASH
 
 
-@dataclass(frozen=True, slots=True)
-class Use:
+class Use(NamedTuple):
     """One closed window of one meter, before it becomes a record.
 
     Args:
@@ -82,8 +80,7 @@ class Use:
     gap_unbounded: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """A record as it stands in the journal.
 
     Args:

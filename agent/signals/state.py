@@ -13,9 +13,8 @@ with the frames fed: the reader bounds those.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final
+from typing import Final, NamedTuple
 
 from agent.errors import DatabaseError
 from agent.model import SignalBatch, SignalChange, SignalInfo, SignalValue
@@ -28,8 +27,7 @@ _FEW_SIGNALS: Final = 4
 _FLAGS: Final = 0xE000_0000  # extended, remote, error (include/uapi/linux/can.h)
 
 
-@dataclass(frozen=True, slots=True)
-class MessageHealth:
+class MessageHealth(NamedTuple):
     """What became of one message's frames.
 
     Args:
@@ -350,8 +348,7 @@ class _Groups:
         return message
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(NamedTuple):
     """One signal as status pages show it.
 
     Args:

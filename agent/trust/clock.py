@@ -14,6 +14,7 @@ in rights that came as a file: they were signed some time ago.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from agent.model import TrustedTime
 
@@ -23,8 +24,7 @@ UNKNOWN_UNCERTAINTY_MS = 2**53 - 1
 _NS_PER_MS = 1_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class SignedTime:
+class SignedTime(NamedTuple):
     """A time that the director signed, tied to the monotonic clock.
 
     Args:

@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import NamedTuple
 
 from agent.errors import GrantLogError
 from agent.model import Entitlement, Quota, Rights, TrustedTime, Verdict
@@ -26,8 +27,7 @@ _UNKNOWN_MS = 10**12
 _END = "end"
 
 
-@dataclass(frozen=True, slots=True)
-class LogHead:
+class LogHead(NamedTuple):
     """Where the log ends.
 
     Args:

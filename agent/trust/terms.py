@@ -7,15 +7,14 @@ Quotas are the meter's business, ignition cycles and operating time the ECU's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from agent.model import Entitlement, PlanKind, TrustedTime
 
 _MS_PER_S = 1000
 
 
-@dataclass(frozen=True, slots=True)
-class Right:
+class Right(NamedTuple):
     """What one right allows now.
 
     Args:
