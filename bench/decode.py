@@ -55,8 +55,10 @@ SUBSCRIBED = (
     ("GEARBOX_AUTO", "GEAR_SHIFTER"),
     ("SEATBELT_STATUS", "SEATBELT_DRIVER_LATCHED"),
     ("DOORS_STATUS", "DOOR_OPEN_FL"),
+    ("EPB_STATUS", "EPB_STATE"),
+    ("SCM_FEEDBACK", "REVERSE_LIGHT"),
 )
-"""What a logbook, a seat heating and a heads-up display read of this car."""
+"""What a logbook, a seat heating and a parking aid would read of this car."""
 
 
 def main() -> None:

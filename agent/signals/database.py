@@ -68,7 +68,7 @@ class Skipped:
     """A statement of a database file that is not used.
 
     Args:
-        line: its first line in the file, from 1.
+        line: its first line in the file, from 1; 0 if it is not known.
         statement: its beginning, at most MAX_SKIPPED_TEXT characters.
         reason: what is wrong with it.
         message: name of the message that is missing with it, or "".
@@ -127,7 +127,13 @@ def parse(text: str, path: Path, database_format: str = "dbc") -> SignalDatabase
         loaded, skipped = _load_tolerantly(text, path)
     else:
         loaded, skipped = _load(text, path, database_format), []
-    messages = {message.name: message for message in loaded.messages}
+    messages: dict[str, Message] = {}
+    for message in loaded.messages:
+        if message.name in messages:
+            earlier = f"0x{messages[message.name].frame_id:X}"
+            reason = f"a later message has its name; the one with identifier {earlier} is not used"
+            skipped.append(Skipped(0, message.name[:MAX_SKIPPED_TEXT], reason))
+        messages[message.name] = message
     if not messages:
         why = "".join(f"; line {s.line} was skipped: {s.reason}" for s in skipped[:1])
         raise DatabaseError(f"{path}: expected at least one message; found none{why}")

@@ -104,7 +104,7 @@ class _Message:
         """The last payload that was taken."""
         self.masked = -1
         """The bits of it that can change a value; -1: look at the next frame in any case."""
-        self.carried: tuple[str, ...] = ()
+        self.carried: tuple[str, ...] = self.names if self.take else ()
         """Names of the signals that it held."""
         self.at_ns: int | None = None
         """When it was taken."""
@@ -192,7 +192,6 @@ class Collector:
                 self._decode(message, data, at_ns)
             else:
                 message.take(data, at_ns, message.at_ns, message.last, append)
-                message.carried = message.names
                 message.at_ns = at_ns
 
     def lost(self, bus: str) -> None:

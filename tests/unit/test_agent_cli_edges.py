@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from support.edge_cloud import authority, issue
 from support.edge_store import open_store, trust, usage
+from support.signals_data import SMALL_DBC
 
 from agent.__main__ import main
 from agent.adapters import identity
@@ -211,6 +212,32 @@ def test_check_names_every_problem_and_changes_nothing(
     report = json.loads(capsys.readouterr().out)
     assert (report["vin"], report["listen_only"], len(report["problems"]) >= 2) == (VIN, True, True)
     assert files(config) == before
+
+
+def test_check_names_what_of_database_and_mapping_is_not_used(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (config.parent / "broken.dbc").write_text(SMALL_DBC.replace("m0 : 8|16@1-", "m0 : 8|16@1*"))
+    leaf = {"type": "sensor", "datatype": "float", "dbc2vss": {"signal": "SPEED"}}
+    missing = {"type": "sensor", "datatype": "float", "dbc2vss": {"signal": "FIRST"}}
+    (config.parent / "vss_dbc.json").write_text(json.dumps({"Speed": leaf, "First": missing}))
+    text = config.read_text()
+    assert 'channel = "x"\n' in text
+    files_of_bus = 'database = "broken.dbc"\nsignals = "vss_dbc.json"\n'
+    config.write_text(text.replace('channel = "x"\n', f'channel = "x"\n{files_of_bus}'))
+    main(["check", "--config", str(config)])
+    shown = capsys.readouterr().out
+    assert "broken.dbc:10: BO_ 2147484160 SELECTED: 4 A: Invalid syntax" in shown
+    assert "vss_dbc.json: First.dbc2vss.signal: broken.dbc has no signal 'FIRST'" in shown
+    main(["check", "--json", "--config", str(config)])
+    bus = json.loads(capsys.readouterr().out)["buses"]["body"]
+    assert bus["signals"] == ["Speed"]
+    assert [(Path(s["file"]).name, s["line"], s["message"]) for s in bus["skipped"]] == [
+        ("broken.dbc", 10, "SELECTED")
+    ]
+    assert [(Path(n["file"]).name, n["key"]) for n in bus["not_mapped"]] == [
+        ("vss_dbc.json", "First.dbc2vss.signal")
+    ]
 
 
 def test_damaged_identity_is_named_with_the_next_step(

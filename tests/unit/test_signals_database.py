@@ -135,6 +135,15 @@ def test_a_file_that_is_missing_or_of_no_known_format_is_refused(tmp_path: Path)
         load(path)
 
 
+def test_of_two_messages_of_one_name_the_later_counts_and_the_other_is_named() -> None:
+    database = parse(
+        SMALL_DBC.replace("SELECTED: 4", "SPEEDS: 4").replace("VAL_ 256", 'CM_ "";\nVAL_ 256'), SMALL
+    )
+    assert database.messages["SPEEDS"].frame_id == 512
+    (skipped,) = database.skipped
+    assert "0x100 is not used" in skipped.reason
+
+
 def test_windows_text_is_read_where_it_is_not_utf8(tmp_path: Path) -> None:
     path = tmp_path / "celsius.dbc"
     path.write_bytes(SMALL_DBC.replace('"V"', '"°C"').encode("cp1252"))
