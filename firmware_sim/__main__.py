@@ -288,7 +288,7 @@ def _speed(text: str) -> float:
 
 
 def _seconds(text: str) -> float:
-    return _within(text, 0, 3600, float)
+    return _within(text, 0, 86_400, float)
 
 
 def _rate(text: str) -> float:
