@@ -228,6 +228,7 @@ class Engine:
                 self._next_update = None
                 self._nonce_asked = False
                 self._want_nonce()
+                self._say("info", "cloud is connected")
             case ev.LinkDown(reason):
                 self._link = self._greeted = False
                 self._upload.in_flight = False

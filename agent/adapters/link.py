@@ -149,7 +149,7 @@ class Link:
             try:
                 valid, reason = (
                     frozenset(self._roots()),
-                    "a certificate that the cloud was known by has ended",
+                    "the certificates that the cloud is known by have changed; connecting anew",
                 )
             except TransportError as error:
                 valid, reason = frozenset(), str(error)

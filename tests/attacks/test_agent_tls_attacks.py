@@ -174,7 +174,7 @@ def test_open_connection_is_closed_when_an_update_no_longer_lists_its_server(
         listener.up()
         known.anchors = (listed(pinned()),)
         link.recheck()
-        assert "has ended" in listener.down().reason
+        assert "have changed" in listener.down().reason
         assert "the anchors that the director signed" in listener.down().reason
         known.anchors = (*known.anchors, listed(server))
         while isinstance(listener.next(), LinkDown):
