@@ -11,7 +11,7 @@ PROTOS := $(shell find proto -name '*.proto' | sort)
 SERVICES := $(shell find proto -name '*_service.proto' | sort)
 CODE := agent bench cloud common deploy firmware_sim keys tests
 
-.PHONY: help run soak test test-socketcan test-crash simulate fuzz mutants nightly lint format proto proto-check lock bench clean
+.PHONY: help run soak test test-socketcan test-crash simulate fuzz mutants nightly lint format proto proto-check lock bench bench-socketcan clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -95,6 +95,9 @@ bench: $(STAMP) ## Benchmarks; prints figures (ARGS=NAME for one of them)
 
 soak: $(STAMP) ## An hour of an agent at full load: memory, wake-ups, journal (SECONDS=3600)
 	@SECONDS=$(or $(SECONDS),3600) $(BIN)/python -m bench.soak
+
+bench-socketcan: $(STAMP) ## The benchmark of a fully loaded bus, on vcan0 if it is here, else in an emulated machine, where ratios count
+	@test -e /sys/class/net/vcan0 || export OPENFOD_BENCH_SLOW=16; $(GUEST) --qemu --timeout 1800 -- $(BIN)/python -m bench bus_load || test $$? = 77
 
 clean: ## Remove what was made, the environment included
 	rm -rf $(VENV) .cache run dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -9,7 +9,17 @@ import platform
 import sys
 from datetime import UTC, datetime
 
-NAMES = ("grant_to_on", "decode", "durable_commit", "start", "sign", "slcan_load", "token", "verify")
+NAMES = (
+    "grant_to_on",
+    "bus_load",
+    "decode",
+    "durable_commit",
+    "start",
+    "sign",
+    "slcan_load",
+    "token",
+    "verify",
+)
 
 
 def main() -> int:

@@ -144,10 +144,10 @@ class Stamps:
             was_emptied: nothing is waiting any more.
         """
         now_ns, offset_ns = self._clocks()
-        found = [stamp_ns + offset_ns for stamp_ns in stamps_ns]
-        times = list(accumulate(found, max, initial=self._floor_ns))[1:]
-        if times and times[-1] > now_ns:
-            times = [min(time_ns, now_ns) for time_ns in times]
+        times = [stamp_ns + offset_ns for stamp_ns in stamps_ns]
+        if times and not (self._floor_ns <= times[0] and times[-1] <= now_ns and times == sorted(times)):
+            rising = accumulate(times, max, initial=self._floor_ns)
+            times = [min(time_ns, now_ns) for time_ns in rising][1:]
         if was_emptied:
             self._floor_ns = now_ns
         elif times:

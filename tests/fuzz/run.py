@@ -81,7 +81,13 @@ def fuzz(name: str, seconds: int) -> None:
     words.write_text("".join(f'"{_escaped(word)}"\n' for word in _words(seeds)), encoding="ascii")
 
     def one(content: bytes) -> None:
-        target.run(content)
+        try:
+            target.run(content)
+        except Exception:
+            # Beside what libFuzzer keeps: a target with threads of its own may end before it can.
+            name = f"error-{hashlib.sha256(content).hexdigest()[:16]}"
+            (folder / "findings" / name).write_bytes(content)
+            raise
 
     options = [
         f"-max_total_time={seconds}",
