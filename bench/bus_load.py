@@ -38,8 +38,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from agent.signals.plan import DecodePlan
     from agent.signals.state import Collector
+    from agent.signals.table import Table
 
 RECEIVERS: Final = ("naive", "filtered", "all", "ours", "engine", "manager", "m-engine")
 RATES: Final = (4500, 9000)
@@ -177,17 +177,17 @@ def peer(*, filtered: bool) -> dict[str, float]:
                 measure, frames, ends_s = Measure(), 0, time.monotonic() + SECONDS
 
 
-def plan() -> DecodePlan:
-    """The decode plan of the subscribed messages."""
-    from agent.signals.database import parse
-    from agent.signals.mapping import MappingEntry
-    from agent.signals.plan import DecodePlan
+def table() -> Table:
+    """The table of the subscribed messages."""
+    from agent.signals.compiler import compile_table
+    from agent.signals.database import read
+    from agent.signals.mapping import MappingEntry, SignalMapping
 
     signals = ("SPEED", "TEMPERATURE", "STATE", "ODOMETER")
     names = {"SPEED": "Vehicle.Speed", "ODOMETER": "Vehicle.TraveledDistance"}
-    found = parse(database(), Path("load.dbc"))
+    found = read(database().encode(), Path("load.dbc"))
     first = subscribed_ids()[0]
-    entries = [
+    entries = tuple(
         MappingEntry(
             message=f"M{can_id}",
             signal=signal,
@@ -197,8 +197,8 @@ def plan() -> DecodePlan:
         )
         for can_id in subscribed_ids()
         for signal in signals
-    ]
-    return DecodePlan.compile(found, entries, "b", [e.vss for e in entries])
+    )
+    return compile_table(found, SignalMapping(entries))
 
 
 def ours(*, everything: bool, manager: bool, engine: bool) -> dict[str, float]:
@@ -206,11 +206,10 @@ def ours(*, everything: bool, manager: bool, engine: bool) -> dict[str, float]:
     from agent.adapters.broadcast_manager import watches_of
     from agent.adapters.bus import WINDOW_S, RawFrame
     from agent.adapters.can_bus import BusState, CanBus
-    from agent.model import Frame
     from agent.signals.state import Collector
 
-    decode = plan()
-    collector = Collector([decode])
+    decode = table()
+    collector = Collector({"b": decode})
     step: Callable[[], object] = meters(collector) if engine else collector.drain
     batches: queue.SimpleQueue[list[RawFrame]] = queue.SimpleQueue()
     up: queue.SimpleQueue[BusState] = queue.SimpleQueue()
@@ -234,8 +233,7 @@ def ours(*, everything: bool, manager: bool, engine: bool) -> dict[str, float]:
             batch = batches.get(timeout=1.0)
         except queue.Empty:
             batch = []
-        for frame in batch:
-            collector.feed(Frame("b", frame.can_id, frame.data, frame.at_ns))
+        collector.feed("b", batch)
         bus.taken(len(batch))
         step()
         frames, taken = frames + len(batch), taken + 1

@@ -38,7 +38,7 @@ from openfod.usage.v1 import usage_pb2
 from openfod.vehicle.v1 import vehicle_service_pb2
 
 T = TypeVar("T")
-DEADLINE_S = 5.0
+DEADLINE_S = 9.0
 """Longest time for one request."""
 REFUSALS = {
     grpc.StatusCode.ABORTED,
