@@ -22,6 +22,7 @@ DATABASES = REPOSITORY / "tests/databases"
 @given(payload=st.binary(min_size=8, max_size=8))
 def test_values_are_those_of_cantools(name: str, payload: bytes) -> None:
     ours, theirs = load(DATABASES / name), cantools.database.load_file(DATABASES / name, strict=False)
+    assert isinstance(theirs, cantools.database.can.Database)
     rows = table_of(ours, *map_all(ours)).messages
     assert len(rows) == len(theirs.messages)
     for row in rows:
