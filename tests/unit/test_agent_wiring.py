@@ -13,6 +13,8 @@ from support.edge_cloud import Pair, authority, issue
 from support.trust_repo import DAY_MS, NOW_MS, SEAT
 
 from agent import events as ev
+from agent.__main__ import _print_status
+from agent.adapters.can_bus import ControllerState
 from agent.app import MAX_COUNTERS, WATCH_NS, _counters
 from agent.errors import NoValidAnchorError
 from agent.trust.verifier import Floors
@@ -91,3 +93,18 @@ def test_hello_tells_the_counters_and_the_owner_epoch(world: AgentWorld) -> None
 def test_counters_are_bounded() -> None:
     many = replace(Floors(), token_counters={("ecu", f"feature-{i}"): i + 1 for i in range(300)})
     assert len(_counters(many)) == MAX_COUNTERS
+
+
+def test_status_shows_the_controller_and_what_the_bus_lost(
+    world: AgentWorld, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with world.boot() as life:
+        (bus,) = life.app._buses.values()
+        said = f"Bus {bus.name}: opening"
+        _print_status({**life.status, "running": True})
+        assert f"{said}\n" in capsys.readouterr().out
+        bus.controller = ControllerState.ERROR_PASSIVE
+        bus.counts.dropped, bus.counts.lost, bus.counts.error_frames = 3, 1, 2
+        assert life.status["controllers"] == {bus.name: "error-passive"}
+        _print_status({**life.status, "running": True})
+        assert f"{said}, error-passive, 3 dropped, 1 times lost, 2 error frames\n" in capsys.readouterr().out
