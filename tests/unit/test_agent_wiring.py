@@ -99,7 +99,7 @@ def test_status_shows_the_controller_and_what_the_bus_lost(
     world: AgentWorld, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with world.boot() as life:
-        (bus,) = life.app._buses.values()
+        (bus,) = life.app._buses.by_name.values()
         said = f"Bus {bus.name}: opening"
         _print_status({**life.status, "running": True})
         assert f"{said}\n" in capsys.readouterr().out
