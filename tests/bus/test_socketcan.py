@@ -203,6 +203,23 @@ def test_what_the_kernel_drops_is_counted(
         assert bus.dropped == 500 - (len(frames) - last)
 
 
+@pytest.mark.usefixtures("call")
+def test_what_came_before_a_loss_and_after_it_are_told_apart(
+    station: KernelStation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socketcan, "RECEIVE_BUFFER_BYTES", 4096)
+    with opened(kernel_interface()) as bus:
+        for number in range(200):
+            station.send(1, bytes([number]))
+        bus._socket.recv(16)  # room for one more, behind the loss
+        station.send(1, b"\xff")
+        before = bus.read(0.1)
+        assert bus.dropped == 0
+        assert [f.data[0] for f in before] == list(range(1, 1 + len(before)))
+        assert [f.data for f in bus.read(0)] == [b"\xff"]
+        assert bus.dropped == 200 - 1 - len(before)
+
+
 def test_drops_reach_the_agent_with_their_bounds(
     station: KernelStation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
