@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 NAMES = (
     "grant_to_on",
     "bus_load",
+    "bus_paced",
     "decode",
     "durable_commit",
     "start",

@@ -93,6 +93,11 @@ def payloads(seed: int) -> list[bytes]:
     return found
 
 
+def frame(can_id: int, data: bytes) -> bytes:
+    """A `struct can_frame` (include/uapi/linux/can.h)."""
+    return struct.pack("=IB3x8s", can_id, 8, data)
+
+
 # --- the traffic ---------------------------------------------------------------------
 
 
@@ -105,7 +110,7 @@ def traffic(rate: float) -> Iterator[None]:
         manager.connect((CHANNEL,))
         for number in range(IDS):
             can_id = identifier(number)
-            frames = b"".join(struct.pack("=IB3x8s", can_id, 8, data) for data in payloads(number))
+            frames = b"".join(frame(can_id, data) for data in payloads(number))
             seconds, microseconds = divmod(round(interval_s * 1e6), 1_000_000)
             timers = (0, 0, seconds, microseconds)
             head = _BCM_HEAD.pack(_TX_SETUP, _SETTIMER | _STARTTIMER, 0, *timers, can_id, FRAMES_EACH)
@@ -373,25 +378,32 @@ def main() -> None:
     names = os.environ.get("OPENFOD_BENCH_RECEIVERS", " ".join(RECEIVERS)).split()
     for rate in RATES:
         print(f"{rate} frames/s, {SUBSCRIBED} % of them subscribed, {ROUNDS} rounds of {SECONDS:g} s")
-        costs: dict[str, list[float]] = {name: [] for name in names}
-        last: dict[str, dict[str, float]] = {}
+        runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         with traffic(rate / SLOW):
             for _ in range(ROUNDS):
                 for name in names:
                     command = [sys.executable, "-m", "bench.bus_load", "--receive", name]
                     done = subprocess.run(command, check=True, capture_output=True, text=True)
-                    last[name] = json.loads(done.stdout)
-                    # Of the time in which a real machine would have had this traffic.
-                    costs[name].append(last[name]["cpu_s"] / (last[name]["offered"] / rate))
-        naive, filtered = statistics.median(costs["naive"]), statistics.median(costs["filtered"])
-        for name in names:
-            cost, found = statistics.median(costs[name]), last[name]
-            print(
-                f"  {name:9s} {cost:8.2%} of a core, {1e6 * cost / rate:8.2f} µs for each frame of the bus;"
-                f" naive / this {naive / cost:6.1f}, filtered / this {filtered / cost:6.1f};"
-                f" {found['frames']:.0f} of {found['offered']:.0f} handed on,"
-                f" {found['wakes'] / found['took_s']:.0f} wake-ups/s, {found['dropped']:.0f} dropped"
-            )
+                    runs[name].append(json.loads(done.stdout))
+        report(runs, rate)
+
+
+def report(runs: dict[str, list[dict[str, float]]], rate: float) -> None:
+    """Prints a line for each receiver, with the ratios of medians."""
+    costs = {
+        # Of the time in which a real machine would have had this traffic.
+        name: statistics.median(run["cpu_s"] / (run["offered"] / rate) for run in found)
+        for name, found in runs.items()
+    }
+    for name, found in runs.items():
+        cost, last = costs[name], found[-1]
+        print(
+            f"  {name:9s} {cost:8.2%} of a core, {1e6 * cost / rate:8.2f} µs for each frame of the bus;"
+            f" naive / this {costs['naive'] / cost:6.1f}, filtered / this {costs['filtered'] / cost:6.1f};"
+            f" {last['frames']:.0f} of {last['offered']:.0f} handed on,"
+            f" {last['wakes'] / last['took_s']:.0f} wake-ups/s,"
+            f" {sum(run['dropped'] for run in found):.0f} dropped"
+        )
 
 
 if __name__ == "__main__":
