@@ -59,6 +59,7 @@ nightly: $(STAMP) ## The long forms of the tests
 	@$(MAKE) simulate SEEDS=10000
 	@$(MAKE) mutants ARGS=--fresh
 	@$(MAKE) fuzz SECONDS=1200
+	@$(MAKE) soak
 
 lint: $(STAMP) proto-check ## Style, types, direction of imports, contracts
 	@$(BIN)/ruff check $(CODE)
