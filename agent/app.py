@@ -176,6 +176,7 @@ class App:
             raise AgentError("this vehicle is not enrolled; run: fod-agent enroll --claim TOKEN")
         self._identity: Identity = identity
         self._receipt_key = receipt_key(config.trust.receipt_key)
+        self._receipt_signer = self._receipt_key.public_bytes_raw().hex()
         self._store = Store(
             config.state.directory / boot.STORE_FILE,
             boot_id=self._clock.boot_id(),
@@ -217,7 +218,8 @@ class App:
             last_contact_ms=stored.contact_ms,
             token_counters=stored.floors.token_counters,
             log_head=stored.log_head,
-            owner_epoch=stored.floors.owner_epoch,
+            owner_epoch=stored.owner_epoch,
+            former=stored.former,
         )
         self._ecu_ids: Mapping[str, frozenset[int]] = {}
         self._uds: UdsClient | None = None
@@ -420,7 +422,7 @@ class App:
                 self._write(partial(self._store.mark_sent, through_seq), ev.Persisted(number))
             case ev.StoreTrust(number, verdict):
                 done: _Item = ev.Persisted(number)
-                if command.former is not None:
+                if command.new_owner:
                     _log.info("the vehicle has a new owner; records of the one before are sealed")
                 if not command.live:
                     done = _Imported(number, verdict, self._imports.popleft())
@@ -481,7 +483,7 @@ class App:
 
     def _store_trust(self, command: ev.StoreTrust) -> None:
         self._keeper.keep(command)
-        if command.former is not None:
+        if command.new_owner:
             self._submit(self._writer, self._seal_former)
         self._expires_ms = command.verdict.expires_ms
         self._problems = ()
@@ -548,7 +550,7 @@ class App:
     def _seal_former(self) -> None:
         """Seals former owners' records in pieces; what else the disk has to do goes between them."""
         try:
-            more = self._store.seal_former(seal)
+            more = self._store.seal_former(seal, self._receipt_signer)
         except (JournalError, TrustError) as error:
             _log.error(
                 "records of the former owner are not sealed yet; trying again later", reason=str(error)
@@ -592,7 +594,13 @@ class App:
                 through_seq=receipt.through_seq,
             )
             return
-        self._store.store_receipt(receipt.through_seq, signed.receipt, signed.signature, receipt.archive_key)
+        self._store.store_receipt(
+            receipt.through_seq,
+            signed.receipt,
+            signed.signature,
+            receipt.archive_key,
+            self._receipt_signer,
+        )
         self._seal_former()
         self._post(ev.ReceiptStored(receipt.through_seq))
         _log.info("signed receipt for usage", through_seq=receipt.through_seq)
@@ -673,7 +681,10 @@ class App:
         status["vin"] = self._config.vehicle.vin
         status["source"] = self._identity.source
         status["link_reason"] = self._down_reason
-        status["problems"] = [*self._problems, *filter(None, [self._keeper.problem])]
+        unsealed = self._store.unsealed
+        waiting = f"{unsealed} records of a former owner wait for the cloud's receipt, to be sealed"
+        problems = [self._keeper.problem, waiting if unsealed else ""]
+        status["problems"] = [*self._problems, *filter(None, problems)]
         status["warnings"] = [asdict(ending) for ending in self._endings()]
         status |= self._buses.status()
         status["messages"] = {

@@ -165,6 +165,7 @@ class Engine:
         self._log_entries: list[LogEntry] = []
         self._logged = Rights(version=0)
         self._owner_epoch = 0
+        self._own_ids: frozenset[str] | None = None  # None: there was no sale in this life
         self._token_counters: Mapping[tuple[str, str], int] = {}
         self._after: dict[int, ev.RunEcu] = {}
         self._next_update: TrustBytes | None = None
@@ -277,6 +278,7 @@ class Engine:
         self._ledger.restore(
             event.head, event.used, event.windows, same_boot=event.same_boot, now=self._time(now_ns)
         )
+        self._ledger.give_up_waiting(self._time(now_ns), of=event.former)
         self._checkpoint(now_ns)
         if event.verdict is not None:
             self._logged = event.verdict.rights
@@ -324,15 +326,16 @@ class Engine:
 
     def _store_trust(self, verdict: Verdict, now_ns: int, *, live: bool) -> None:
         now = self._time(now_ns)
-        entries, former = follow(
+        entries, new_owner = follow(
             self._log_head, verdict, now, before=self._logged, owner_epoch=self._owner_epoch
         )
-        if former is not None:
+        if new_owner:
             self._log_entries.clear()  # they are of the former owner, whose log ends here
+            self._ledger.give_up_waiting(now)
         self._log(entries)
         self._logged, self._owner_epoch = verdict.rights, verdict.rights.owner_epoch
         command = ev.StoreTrust(
-            self._next_number(), verdict, now.unix_ms, verdict.signed_ms, live, self._take_log(), former
+            self._next_number(), verdict, now.unix_ms, verdict.signed_ms, live, self._take_log(), new_owner
         )
         self._waiting[command.number] = command
         self._out.append(command)
@@ -360,7 +363,8 @@ class Engine:
         if after is not None:
             self._send_activation(after, now_ns)
         match self._waiting.pop(number, None):
-            case ev.StoreTrust(_, verdict):
+            case ev.StoreTrust(_, verdict, new_owner=new_owner):
+                self._note_owner(verdict.rights, new_owner=new_owner)
                 changed = verdict.rights.version != self._rights.version
                 self._director, self._catalogue = verdict.director, verdict.catalogue
                 self._last_refusal = ""
@@ -382,6 +386,20 @@ class Engine:
                     self._out.append(ev.SendUsage(self._upload.acked_seq + 1, through_seq))
             case _:
                 pass
+
+    def _note_owner(self, rights: Rights, *, new_owner: bool) -> None:
+        """Forgets, and shows no more, what was used under rights of a former owner."""
+        ids = frozenset(right.entitlement_id for right in rights.entitlements.values())
+        if self._own_ids is None and not new_owner:
+            return
+        self._own_ids = ids if new_owner or self._own_ids is None else self._own_ids | ids
+        self._ledger.keep_only(self._own_ids)
+
+    def _shown(self, feature: _Feature) -> Entitlement | None:
+        """The right that a feature is or was under, if it is the present owner's."""
+        right = feature.entitlement
+        hidden = right and self._own_ids is not None and right.entitlement_id not in self._own_ids
+        return None if hidden else right
 
     def _apply_rights(self, rights: Rights, now_ns: int) -> None:
         self._rights = rights
@@ -900,7 +918,7 @@ class Engine:
             ev.FeatureView(
                 feature_id=feature_id,
                 title=feature.spec.title,
-                entitlement_id=feature.entitlement.entitlement_id if feature.entitlement else "",
+                entitlement_id=right.entitlement_id if (right := self._shown(feature)) else "",
                 state=feature.state.name,
                 reason=f"{feature.evidence.finding}; {feature.reason}"
                 if feature.evidence
@@ -908,7 +926,7 @@ class Engine:
                 nrc=feature.nrc,
                 since_ms=feature.since_ms,
                 activation_ms=feature.activation_ms,
-                trace_id=feature.entitlement.trace_id if feature.entitlement else "",
+                trace_id=right.trace_id if right else "",
                 evidence=feature.evidence,
             )
             for feature_id, feature in sorted(self._features.items())

@@ -4,9 +4,6 @@ Pure values. Commands that must survive a power cut carry a number; the loop
 answers each with Persisted(number) once it is on disk, so that "persist
 before acting" can be read in the engine.
 
-Most are named tuples: such a class is made in a tenth of the time, and a start makes
-all of them before its first frame. Values of two kinds are never compared.
-
 Most are named tuples: a class of them is made in a tenth of the time, and a start
 makes all of them before the first frame. Two of different kinds are never compared.
 """
@@ -39,7 +36,8 @@ class Booted:
         last_contact_ms: trusted time of the last signed answer, 0 if none.
         token_counters: highest counter ever seen of each (ECU, feature).
         log_head: where the owner's log ends.
-        owner_epoch: highest ever seen, 0 if none.
+        owner_epoch: that the stored history is of, 0 if none.
+        former: ids of former owners' rights that `windows` are of.
     """
 
     verdict: Verdict | None
@@ -52,6 +50,7 @@ class Booted:
     token_counters: Mapping[tuple[str, str], int] = field(default_factory=dict)
     log_head: LogHead = LogHead()
     owner_epoch: int = 0
+    former: frozenset[str] = frozenset()
 
 
 class SignalsArrived(NamedTuple):
@@ -233,8 +232,7 @@ class StoreTrust:
         live: it answers a nonce; False for rights that came as a file, which
             are no contact with the cloud.
         entries: of the owner's log, to be written in the same commit.
-        former: the vehicle has a new owner: ids of the rights of the one before,
-            whose records are sealed and whose log ends; None if the owner stays.
+        new_owner: the history of the owner before ends: records are sealed, the log begins anew.
     """
 
     number: int
@@ -243,7 +241,7 @@ class StoreTrust:
     signed_ms: int
     live: bool = True
     entries: tuple[LogEntry, ...] = ()
-    former: tuple[str, ...] | None = None
+    new_owner: bool = False
 
 
 class SendResult(NamedTuple):

@@ -96,10 +96,10 @@ def import_stored(config: AgentConfig, content: bytes) -> dict[str, object]:
         )
         now = time.raise_to(verdict.signed_ms, now_ns).now(now_ns)
         before = start.verdict.rights if start.verdict else Rights(version=0)
-        entries, former = follow(
-            start.stored.log_head, verdict, now, before=before, owner_epoch=start.stored.floors.owner_epoch
+        entries, new_owner = follow(
+            start.stored.log_head, verdict, now, before=before, owner_epoch=start.stored.owner_epoch
         )
-        keeper.keep(StoreTrust(0, verdict, now.unix_ms, verdict.signed_ms, False, entries, former))
+        keeper.keep(StoreTrust(0, verdict, now.unix_ms, verdict.signed_ms, False, entries, new_owner))
     finally:
         store.close()
     return changes(before, verdict)

@@ -82,9 +82,10 @@ class Token:
 
 @dataclass(frozen=True)
 class Receipt:
-    """Table [receipt]."""
+    """Table [receipt]: the key that signs, and older ones whose sealed records may still come."""
 
     key: Path = option()
+    old_keys: tuple[Path, ...] = option(default=())
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ received and never serialised again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -114,7 +115,7 @@ def verify(
     key: ec.EllipticCurvePublicKey,
     source: str,
     units: Units,
-    archive: X25519PrivateKey,
+    archive: Sequence[X25519PrivateKey],
 ) -> Batch:
     """Verifies a batch as received.
 
@@ -123,7 +124,7 @@ def verify(
         source: pseudonym of the vehicle of that stream.
         units: of the meters that the catalogue knows. Use of another meter is
             kept as it came; no price can name it.
-        archive: opens records of former owners (`archive_key`).
+        archive: each opens records of former owners (`archive_key`), the present key first.
 
     Raises:
         UsageSignatureError: another key signed it, or none.
@@ -170,7 +171,7 @@ def verify(
     return Batch(batch.journal_id, rows, records[0].prev_hash, traces)
 
 
-def _opened(batch: usage_pb2.UsageBatch, archive: X25519PrivateKey) -> list[bytes]:
+def _opened(batch: usage_pb2.UsageBatch, archive: Sequence[X25519PrivateKey]) -> list[bytes]:
     """The records as the journal was written; those of former owners are opened."""
     contents = list(batch.records)
     if not batch.sealed:
@@ -183,13 +184,15 @@ def _opened(batch: usage_pb2.UsageBatch, archive: X25519PrivateKey) -> list[byte
         size, limit = len(contents[position]), MAX_RECORD_BYTES + SEALED_EXTRA_BYTES
         if size > limit:
             raise MalformedUsageError(f"batch: sealed record: {size} bytes, expected at most {limit}")
-        try:
-            contents[position] = suite.decrypt(contents[position], archive, info=info)
-        except (InvalidTag, ValueError) as error:
+        for key in archive:
+            with contextlib.suppress(InvalidTag, ValueError):
+                contents[position] = suite.decrypt(contents[position], key, info=info)
+                break
+        else:
             raise MalformedUsageError(
-                f"batch: sealed record at position {position}: not sealed to this cloud's archive key"
-                " for this journal, or changed since"
-            ) from error
+                f"batch: sealed record at position {position}: sealed to none of this cloud's {len(archive)}"
+                " archive keys (receipt.old_keys) for this journal, or changed since"
+            )
     return contents
 
 
@@ -296,7 +299,7 @@ def take(tx: Transaction, vin: str, source: str, batch: Batch, key: Ed25519Priva
             raise ForkError(batch.journal_id, row.seq, stored=known[row.seq], received=row.hash)
     fresh = [row for row in batch.rows if row.seq > head]
     if stored and not fresh:
-        return Taken(stored.content, head, 0)
+        return Taken(_with_archive_key(tx, source, batch.journal_id, stored, key), head, 0)
     first_owner = vehicle is None or vehicle.owner_epoch == 1
     epochs = [1] * len(fresh) if first_owner else _owner_epochs(tx, vin, fresh)
     tx.add_usage(source, fresh, epochs, now_ms)
@@ -307,11 +310,43 @@ def take(tx: Transaction, vin: str, source: str, batch: Batch, key: Ed25519Priva
         head_hash=batch.rows[-1].hash,
         stored_ms=now_ms,
         archive_key=archive_key(key).public_key().public_bytes_raw(),
-    ).SerializeToString(deterministic=True)
-    signed = usage_pb2.SignedUsageReceipt(receipt=receipt, signature=key.sign(RECEIPT_CONTEXT + receipt))
-    content = signed.SerializeToString(deterministic=True)
+    )
+    content = _signed(receipt, key)
     tx.put_receipt(source, batch.journal_id, ReceiptRow(last, batch.rows[-1].hash, content))
     return Taken(content, last, len(fresh))
+
+
+def latest_receipt(tx: Transaction, source: str, journal_id: str, key: Ed25519PrivateKey) -> bytes | None:
+    """The newest receipt of a journal as serialised, with the archive key; None if nothing was taken of it.
+
+    Args:
+        source: the vehicle's pseudonym.
+        key: receipt key.
+    """
+    stored = tx.receipt(source, journal_id)
+    return None if stored is None else _with_archive_key(tx, source, journal_id, stored, key)
+
+
+def _with_archive_key(
+    tx: Transaction, source: str, journal_id: str, stored: ReceiptRow, key: Ed25519PrivateKey
+) -> bytes:
+    """The stored receipt; signed anew if it is of another key, or of a time before archive keys."""
+    receipt = usage_pb2.UsageReceipt.FromString(
+        usage_pb2.SignedUsageReceipt.FromString(stored.content).receipt
+    )
+    public = archive_key(key).public_key().public_bytes_raw()
+    if receipt.archive_key == public:
+        return stored.content
+    receipt.archive_key = public
+    content = _signed(receipt, key)
+    tx.put_receipt(source, journal_id, ReceiptRow(stored.through_seq, stored.head_hash, content))
+    return content
+
+
+def _signed(receipt: usage_pb2.UsageReceipt, key: Ed25519PrivateKey) -> bytes:
+    content = receipt.SerializeToString(deterministic=True)
+    signed = usage_pb2.SignedUsageReceipt(receipt=content, signature=key.sign(RECEIPT_CONTEXT + content))
+    return signed.SerializeToString(deterministic=True)
 
 
 def _owner_epochs(tx: Transaction, vin: str, rows: Sequence[UsageRow]) -> list[int]:

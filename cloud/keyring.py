@@ -80,6 +80,7 @@ class Keyring:
     """All online keys of one cloud.
 
     Args:
+        receipt_keys: the one that signs, then older ones that still open what was sealed to them.
         shared: director targets that every vehicle gets: the token key's announcement, TLS anchors.
     """
 
@@ -88,7 +89,7 @@ class Keyring:
     catalogue: OnlineKeys
     token: Ed25519PrivateKey
     shared: tuple[Item, ...]
-    receipt: Ed25519PrivateKey
+    receipt_keys: tuple[Ed25519PrivateKey, ...]
     enrolment_ca: x509.Certificate
     enrolment_key: EllipticCurvePrivateKey
 
@@ -120,7 +121,7 @@ def load(settings: CloudConfig) -> Keyring:
         ),
         token=(token_key := _ed25519(settings.token.key)),
         shared=(*_announcement(settings.token, token_key), *_tls(settings.tls)),
-        receipt=_ed25519(settings.receipt.key),
+        receipt_keys=tuple(map(_ed25519, (settings.receipt.key, *settings.receipt.old_keys))),
         enrolment_ca=authority,
         enrolment_key=_authority_key(settings.enrolment.ca_key, authority),
     )

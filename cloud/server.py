@@ -114,7 +114,7 @@ async def start(
         await asyncio.to_thread(store.close)
         raise
     changes = Changes()
-    vehicles = VehicleService(store, rights, changes, keys.receipt, ingest.units(signed), now_ms)
+    vehicles = VehicleService(store, rights, changes, keys.receipt_keys, ingest.units(signed), now_ms)
     operators = OperatorService(
         store,
         rights,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -137,13 +137,13 @@ class VehicleService(vehicle_service_pb2_grpc.VehicleServiceServicer):
         store: Store,
         rights: Rights,
         changes: Changes,
-        receipt_key: Ed25519PrivateKey,
+        receipt_keys: Sequence[Ed25519PrivateKey],
         units: ingest.Units,
         now_ms: Callable[[], int],
     ) -> None:
         self._store, self._rights, self._changes = store, rights, changes
-        self._receipt_key, self._units, self._now_ms = receipt_key, units, now_ms
-        self._archive_key = ingest.archive_key(receipt_key)
+        self._receipt_key, self._units, self._now_ms = receipt_keys[0], units, now_ms
+        self._archive_keys = [ingest.archive_key(key) for key in receipt_keys]
         self._streams: dict[str, _Stream] = {}
 
     def connected(self, vin: str) -> bool:
@@ -255,9 +255,11 @@ class VehicleService(vehicle_service_pb2_grpc.VehicleServiceServicer):
             director_targets=stream.director.targets,
         )
         responses = await self._update(stream)
-        receipt = await self._store.run(lambda tx: tx.receipt(stream.source, hello.journal_id[:16]))
+        receipt = await self._store.run(
+            lambda tx: ingest.latest_receipt(tx, stream.source, hello.journal_id[:16], self._receipt_key)
+        )
         if receipt is not None:
-            signed = usage_pb2.SignedUsageReceipt.FromString(receipt.content)
+            signed = usage_pb2.SignedUsageReceipt.FromString(receipt)
             responses.append(pb.ConnectResponse(receipt=signed))
         return responses
 
@@ -332,7 +334,7 @@ class VehicleService(vehicle_service_pb2_grpc.VehicleServiceServicer):
         try:
             # A full batch takes milliseconds, for which other streams should not wait.
             batch = await asyncio.to_thread(
-                ingest.verify, signed, stream.device.key, stream.source, self._units, self._archive_key
+                ingest.verify, signed, stream.device.key, stream.source, self._units, self._archive_keys
             )
         except UsageError as error:
             return await self._refuse(stream, signed, error)

@@ -9,6 +9,7 @@ ChaCha20Poly1305.
 
 from __future__ import annotations
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
 
 from agent.errors import TrustError
@@ -36,5 +37,5 @@ def seal(content: bytes, key: bytes, journal_id: str) -> bytes:
     info = SEALED_DOMAIN + journal_id.encode()
     try:
         return suite.encrypt(content, X25519PublicKey.from_public_bytes(key), info=info)
-    except ValueError as error:  # of another length, or a point of low order
+    except (ValueError, UnsupportedAlgorithm) as error:  # a point of low order, or no such curve here
         raise TrustError(f"the cloud's archive key {key.hex()} is not usable: {error}") from error

@@ -63,6 +63,10 @@ _PRESENT, _FORMER, _SEALED = 0, 1, 2
 
 MAX_NUMBER = 2**63 - 1
 """Largest number that a store holds."""
+BUSY_S = 10
+"""Longest wait for another reader of the file."""
+MAX_OWN = 1_024
+"""Rights of one owner that are told from a former one's; more than any honest cloud grants."""
 SEAL_RECORDS = 200
 """Records that are sealed in one transaction: usage must not wait long behind them."""
 
@@ -93,6 +97,8 @@ class Stored:
         same_boot: the open windows' monotonic times are of this boot.
         mark_epoch: director keys that the mark belongs to, as `Floors.director_epoch`
             names them; empty if nothing was ever signed for it.
+        owner_epoch: that log and journal are of; the floors may be higher, if the file is an older copy.
+        former: ids of former owners' rights that `windows` are of.
     """
 
     trust: TrustBytes
@@ -107,6 +113,8 @@ class Stored:
     same_boot: bool
     mark_epoch: str = ""
     log_head: LogHead = LogHead()
+    owner_epoch: int = 0
+    former: frozenset[str] = frozenset()
 
 
 class Store:
@@ -127,11 +135,15 @@ class Store:
         self._boot_id = boot_id
         self.path = path
         self._lock = -1
+        self._log_holds_former = False
+        self.unsealed = 0
+        """Records of former owners that can still be read; any thread may ask."""
         self._db: sqlite3.Connection | None = None
         try:
             self._open(journal_id)
             self._journal_id = str(self._get("journal_id", ""))
-            self._log_holds_former = bool(self._former())
+            self._log_holds_former = self._own() is not None
+            self._count_unsealed()
             if not self._journal_id:
                 raise JournalError(f"{path} is damaged: it names no journal; {_NEXT_STEP}")
             if journal_id is not None:  # a damaged file was left as it was until here
@@ -175,6 +187,11 @@ class Store:
             _bring_up(self._db, version)
             if journal_id is None:
                 self._read("PRAGMA query_only=ON")
+            else:
+                # Older versions left deleted bytes in free pages where SQLite is built to.
+                with suppress(sqlite3.Error):
+                    self._read("PRAGMA secure_delete=ON")
+                    self._read("VACUUM")
 
     def _look_at_a_copy(self) -> None:
         """Goes on with a copy in memory: who only looks leaves an older file as it is."""
@@ -185,7 +202,9 @@ class Store:
         self._db = copy
 
     def _connect(self, uri: str) -> None:
-        self._db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=10)
+        self._db = sqlite3.connect(
+            uri, uri=True, isolation_level=None, check_same_thread=False, timeout=BUSY_S
+        )
 
     def _lock_file(self) -> None:
         """Takes the place of the one agent that may write; the system frees it when the process ends."""
@@ -278,28 +297,40 @@ class Store:
                 _put(db, "contact_ms", command.mark_ms)
             if mark_epoch is not None:
                 _put(db, "mark_epoch", mark_epoch)
-            if command.former is not None:
-                self._end_history(db, command)
+            self._note_owner(db, command)
             _append_log(db, command.entries)
             # As the clock says it: only a new epoch of the director's keys may set it back.
             _put(db, "mark_ms", command.mark_ms)
 
-    def _end_history(self, db: sqlite3.Connection, command: StoreTrust) -> None:
-        """The vehicle has a new owner: nothing of the one before stays to be read."""
+    def _note_owner(self, db: sqlite3.Connection, command: StoreTrust) -> None:
+        """Notes which rights are the present owner's; at a sale, nothing of the one before stays readable."""
+        now = [_digest(right.entitlement_id) for right in command.verdict.rights.entitlements.values()]
+        own = self._own()
+        if not command.new_owner:
+            if own is not None:
+                _put(db, "own", list(dict.fromkeys([*own, *now]))[-MAX_OWN:])
+            return
         self._log_holds_former = True
-        _put(db, "former", sorted(self._former().union(map(_digest, command.former or ()))))
+        _put(db, "own", now)
         db.execute("UPDATE record SET owner = ? WHERE owner = ?", (_FORMER, _PRESENT))
-        kept = {right.entitlement_id for right in command.verdict.rights.entitlements.values()}
-        ended = [(i,) for (i,) in db.execute("SELECT DISTINCT entitlement_id FROM used") if i not in kept]
+        ended = [
+            (i,) for (i,) in db.execute("SELECT DISTINCT entitlement_id FROM used") if _digest(i) not in now
+        ]
         db.executemany("DELETE FROM used WHERE entitlement_id = ?", ended)
         db.execute("DELETE FROM grant_log")
+        db.execute("DELETE FROM receipt WHERE through_seq < (SELECT max(through_seq) FROM receipt)")
 
-    def _former(self) -> frozenset[str]:
-        """Digests of former owners' rights, under which a held feature may still be used for a while."""
-        found = self._get("former", [])
+    def _own(self) -> list[str] | None:
+        """Digests of the present owner's rights, the latest last; None before the first sale: all are.
+
+        Whatever else is used, such as by a feature that is still held, is a former owner's.
+        """
+        found = self._get("own", None)
+        if found is None:
+            return None
         if not isinstance(found, list):
-            raise TypeError("former owners' rights are not a list")
-        return frozenset(map(str, found))
+            raise TypeError("the owner's rights are not a list")
+        return list(map(str, found))
 
     def _trust(self) -> TrustBytes:
         def repository(name: str) -> RepositoryBytes:
@@ -326,11 +357,11 @@ class Store:
             JournalError: nothing was changed.
         """
         with self._transaction() as db:
-            former = self._former()
+            own = self._own()
             db.executemany(
                 "INSERT INTO record VALUES (?, ?, ?, ?)",
                 [
-                    (r.seq, r.hash, r.content, _FORMER if _digest(r.entitlement_id) in former else _PRESENT)
+                    (r.seq, r.hash, r.content, _PRESENT if _is_own(r.entitlement_id, own) else _FORMER)
                     for r in command.records
                 ],
             )
@@ -342,7 +373,7 @@ class Store:
             db.executemany(
                 "INSERT INTO used VALUES (?, ?, ?)"
                 " ON CONFLICT (entitlement_id, meter_id) DO UPDATE SET amount = excluded.amount",
-                [(e, m, amount) for (e, m), amount in command.used.items() if _digest(e) not in former],
+                [(e, m, amount) for (e, m), amount in command.used.items() if _is_own(e, own)],
             )
             _append_log(db, command.entries)
             _put(db, "boot_id", self._boot_id)
@@ -381,12 +412,13 @@ class Store:
         return bytes(rows[0][0]) if rows else None
 
     def store_receipt(
-        self, through_seq: int, content: bytes, signature: bytes, archive_key: bytes = b""
+        self, through_seq: int, content: bytes, signature: bytes, archive_key: bytes = b"", signer: str = ""
     ) -> None:
         """Keeps a verified receipt of the cloud.
 
         Args:
             archive_key: to which former owners' records are sealed; empty: as before.
+            signer: names the receipt key that announced it: with another one it counts no more.
 
         Raises:
             JournalError: nothing was changed.
@@ -394,9 +426,9 @@ class Store:
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO receipt VALUES (?, ?, ?)", (through_seq, content, signature))
             if archive_key:
-                _put(db, "archive_key", archive_key.hex())
+                _put(db, "archive_key", [archive_key.hex(), signer])
 
-    def seal_former(self, seal: Callable[[bytes, bytes, str], bytes]) -> bool:
+    def seal_former(self, seal: Callable[[bytes, bytes, str], bytes], signer: str = "") -> bool:
         """Seals some of what former owners used, as far as the cloud has signed for it.
 
         What the cloud has not signed for is sent first. Once nothing is left,
@@ -404,6 +436,7 @@ class Store:
 
         Args:
             seal: `agent.adapters.archive.seal`.
+            signer: names the receipt key that is trusted now.
 
         Returns:
             Whether there is more to be sealed now.
@@ -412,30 +445,44 @@ class Store:
             JournalError: nothing was changed.
         """
         with self._reading():
-            key = bytes.fromhex(str(self._get("archive_key", "")))
+            key = self._archive_key(signer)
             acked = self._read("SELECT max(through_seq) FROM receipt")[0][0] or 0
             rows = self._read(
                 "SELECT seq, content FROM record WHERE owner = ? AND seq <= ? ORDER BY seq LIMIT ?",
                 (_FORMER, acked, SEAL_RECORDS),
             )
         if not rows or not key:
+            self._count_unsealed()
             self._empty_log()
             return False
         sealed = [(seal(content, key, self._journal_id), _SEALED, seq) for seq, content in rows]
         self._log_holds_former = True
         with self._transaction() as db:
             db.executemany("UPDATE record SET content = ?, owner = ? WHERE seq = ?", sealed)
+        self._count_unsealed()
         if len(rows) == SEAL_RECORDS:
             return True
         self._empty_log()
         return False
 
+    def _archive_key(self, signer: str) -> bytes:
+        found = self._get("archive_key", ["", signer])
+        if not isinstance(found, list) or len(found) != 2:  # noqa: PLR2004 (key and signer)
+            raise TypeError("the archive key is not noted as such")
+        return bytes.fromhex(str(found[0])) if found[1] == signer else b""
+
+    def _count_unsealed(self) -> None:
+        self.unsealed = self._read("SELECT count(*) FROM record WHERE owner = ?", (_FORMER,))[0][0]
+
     def _empty_log(self) -> None:
         """Empties the write-ahead log if what a sale has overwritten may still be in it."""
         if self._log_holds_former:
             with self._reading():
-                self._read("PRAGMA wal_checkpoint(TRUNCATE)")
-            self._log_holds_former = False
+                # Who reads the file at this moment keeps the log in use: then it is tried again later.
+                self._read("PRAGMA busy_timeout=100")
+                is_busy = self._read("PRAGMA wal_checkpoint(TRUNCATE)")[0][0]
+                self._read(f"PRAGMA busy_timeout={BUSY_S * 1000}")
+            self._log_holds_former = bool(is_busy)
 
     def grant_log(self) -> tuple[bytes, ...]:
         """The entries of the owner's log, as written.
@@ -478,20 +525,29 @@ class Store:
             seq, digest, content, owner = last[0] if last else (0, GENESIS_HASH, b"", _SEALED)
             if owner != _SEALED and hashlib.sha256(content).digest() != digest:
                 raise ValueError(f"record {seq} does not have the hash that is noted for it")
+            restored = tuple(_window_from_json(json.loads(content)) for (content,) in windows)
+            floors = read_floors(found) if (found := self._get("floors", {})) != {} else Floors()
+            own = self._own()
             return Stored(
                 trust=self._trust(),
-                floors=read_floors(found) if (found := self._get("floors", {})) != {} else Floors(),
+                floors=floors,
                 as_of_ms=self._number("as_of_ms"),
                 mark_ms=self._number("mark_ms"),
                 contact_ms=self._number("contact_ms"),
                 head=Head(self._journal_id, seq, bytes(digest)),
                 acked_seq=acked or 0,
-                windows=tuple(_window_from_json(json.loads(content)) for (content,) in windows),
+                windows=restored,
                 used={(e, m): amount for e, m, amount in used},
                 same_boot=self._get("boot_id", "") == self._boot_id,
                 mark_epoch=str(self._get("mark_epoch", "")),
                 log_head=self._log_head(),
+                owner_epoch=floors.owner_epoch,
+                former=frozenset(w.entitlement_id for w in restored if not _is_own(w.entitlement_id, own)),
             )
+
+
+def _is_own(entitlement_id: str, own: list[str] | None) -> bool:
+    return own is None or _digest(entitlement_id) in own
 
 
 def _digest(entitlement_id: str) -> str:

@@ -68,6 +68,7 @@ class Ledger:
         self.head = Head("", 0, GENESIS_HASH)
         self.used: dict[tuple[str, str], int] = {}
         """Amounts closed under each (entitlement, meter), ms or m."""
+        self._own_ids: frozenset[str] | None = None
         self.unsaved: list[Record] = []
         """Records that no command to store them has carried yet."""
         self._sessions: dict[str, list[_Session]] = {}
@@ -244,6 +245,12 @@ class Ledger:
                     used += sum(t.value for t in session.meter.totals_now().values())
         return used
 
+    def keep_only(self, entitlement_ids: frozenset[str]) -> None:
+        """Forgets what was used under all other rights, which are a former owner's, and adds up no more."""
+        self._own_ids = entitlement_ids
+        for key in [key for key in self.used if key[0] not in entitlement_ids]:
+            del self.used[key]
+
     # --- crashes -----------------------------------------------------------------
 
     def open_windows(self, *, now_ns: int, now: TrustedTime) -> tuple[OpenWindow, ...]:
@@ -291,6 +298,22 @@ class Ledger:
         declared = len(waiting) < len(self._recovered)
         self._recovered = waiting
         return declared
+
+    def give_up_waiting(self, now: TrustedTime, *, of: frozenset[str] | None = None) -> None:
+        """Declares, without a bound, what waits for its end to be known: the owner has changed.
+
+        Args:
+            of: ids of the rights whose windows are given up; None: all.
+        """
+        kept = []
+        for window in self._recovered:
+            if of is not None and window.entitlement_id not in of:
+                kept.append(window)
+                continue
+            total = Total(reason="AGENT_DOWN", unbounded=True)
+            end_ms = max(window.start_ms, now.unix_ms)
+            self._book(window, (), total, end_ms, signed=now.source == "signed")
+        self._recovered = kept
 
     def _declare_down(
         self, window: OpenWindow, odometer_m: int | None, *, now_ns: int, now: TrustedTime
@@ -375,7 +398,8 @@ class Ledger:
         self.head, record = append(self.head, self._source, use)
         self.unsaved.append(record)
         key = (use.entitlement_id, use.meter_id)
-        self.used[key] = self.used.get(key, 0) + use.value
+        if self._own_ids is None or use.entitlement_id in self._own_ids:
+            self.used[key] = self.used.get(key, 0) + use.value
         self._say(
             "info",
             "usage window is closed",

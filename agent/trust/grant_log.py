@@ -76,26 +76,22 @@ def entry(head: LogHead, kind: str, now: TrustedTime, facts: Mapping[str, object
 
 def follow(
     head: LogHead, verdict: Verdict, now: TrustedTime, *, before: Rights, owner_epoch: int
-) -> tuple[tuple[LogEntry, ...], tuple[str, ...] | None]:
-    """The entries for a newly verified set, and whose history ends with it.
+) -> tuple[tuple[LogEntry, ...], bool]:
+    """The entries for a newly verified set, and whether the vehicle has a new owner with it.
 
     A new owner's log begins anew and names the head of the one before, which
     the former owner may have exported; it says nothing of their rights.
 
     Args:
         before: the set before.
-        owner_epoch: the highest epoch so far, 0 if there was none.
-
-    Returns:
-        The entries, and the ids of the former owner's rights; None if the owner stays.
+        owner_epoch: the epoch that the log is of, 0 if there was none.
     """
     if not 0 < owner_epoch < verdict.rights.owner_epoch:
-        return changes(head, verdict, now, before=before.entitlements), None
+        return changes(head, verdict, now, before=before.entitlements), False
     ended = {"entries": head.seq, "head": head.hash.hex()}
     facts = {"epoch": verdict.rights.owner_epoch, "log_before": ended, "signed_by": _signed(verdict)}
     first = entry(LogHead(), "owner", now, facts)
-    former = tuple(sorted(right.entitlement_id for right in before.entitlements.values()))
-    return (first, *changes(first.head, verdict, now, before={})), former
+    return (first, *changes(first.head, verdict, now, before={})), True
 
 
 def changes(

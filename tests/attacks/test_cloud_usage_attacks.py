@@ -236,7 +236,7 @@ def test_two_streams_that_take_the_same_batch_wait_for_one_another(tmp_path: Pat
             device.key.public_key(),
             device.source,
             {},
-            ingest.archive_key(Ed25519PrivateKey.generate()),
+            [ingest.archive_key(Ed25519PrivateKey.generate())],
         )
         seen: list[str] = []
 

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import sqlite3
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from support.cloud_world import JOURNAL, Device, Stream, World, chain, play, signed_batch
+from support.cloud_world import JOURNAL, Device, Stream, chain, play, signed_batch
+from support.cloud_world import World as World_
 from support.edge_store import open_store, trust
-from support.engine_world import entitlement
+from support.engine_world import MS, World, entitlement
 
 from agent.adapters.archive import seal
-from agent.adapters.store import SEAL_RECORDS, Store
+from agent.adapters.store import MAX_OWN, SEAL_RECORDS, Store
+from agent.boot import _raised
 from agent.errors import TrustError
 from agent.events import StoreTrust, StoreUsage
 from agent.metering.record import Head, Record, Use, append
 from agent.model import MeterKind, Rights, TrustedTime
 from agent.trust.grant_log import LogEntry, changes, follow
 from agent.trust.verifier import Floors
+from cloud import ingest
 from cloud.ingest import archive_key
 from openfod.usage.v1 import usage_pb2
 
@@ -43,7 +48,7 @@ class Journal:
         self.entries = changes(
             self.store.load().log_head, replace(first.verdict, rights=self.rights), NOW, before={}
         )
-        self._store_trust(self.rights, self.entries, None)
+        self._store_trust(self.rights, self.entries, False)
 
     def use(self, count: int, *, right: str = OLD_RIGHT, account: str = OLD_ACCOUNT) -> None:
         """Appends records of a right."""
@@ -59,15 +64,16 @@ class Journal:
         right = replace(entitlement(1), entitlement_id=NEW_RIGHT, account=NEW_ACCOUNT)
         rights = Rights(2, {right.feature_id: right}, owner_epoch=2)
         verdict = replace(trust(2).verdict, rights=rights)
-        entries, former = follow(self.store.load().log_head, verdict, NOW, before=self.rights, owner_epoch=1)
-        self._store_trust(rights, entries, former)
+        stored = self.store.load()
+        entries, new_owner = follow(
+            stored.log_head, verdict, NOW, before=self.rights, owner_epoch=stored.owner_epoch
+        )
+        self._store_trust(rights, entries, new_owner)
 
-    def _store_trust(
-        self, rights: Rights, entries: tuple[LogEntry, ...], former: tuple[str, ...] | None
-    ) -> None:
+    def _store_trust(self, rights: Rights, entries: tuple[LogEntry, ...], new_owner: bool) -> None:
         command = trust(rights.version)
         self.store.store_trust(
-            StoreTrust(1, replace(command.verdict, rights=rights), NOW.unix_ms, 10, True, entries, former),
+            StoreTrust(1, replace(command.verdict, rights=rights), NOW.unix_ms, 10, True, entries, new_owner),
             Floors(owner_epoch=rights.owner_epoch),
         )
 
@@ -145,6 +151,127 @@ def test_a_feature_that_is_held_after_the_sale_is_the_former_owners_too(journal:
     assert journal.store.load().used == {(NEW_RIGHT, "m"): 2}
 
 
+def test_what_an_ended_right_had_used_is_gone_too_and_does_not_come_back(journal: Journal) -> None:
+    """A right that ended before the sale is in no set; its late records are the former owner's as well."""
+    journal.use(1, right="ent-ended-long-ago")
+    journal.sell()
+    journal.use(1, right="ent-ended-long-ago")  # the engine still had it, or a held feature was released
+    journal.receipt(2)
+    assert all(r.is_sealed for r in journal.store.records(1, 2))
+    assert journal.store.load().used == {}
+    assert b"ent-ended-long-ago" not in journal.on_disk()
+
+
+def test_rights_that_the_new_owner_gets_later_are_the_new_owners(journal: Journal) -> None:
+    journal.sell()
+    right = replace(entitlement(2), entitlement_id="ent-later", account=NEW_ACCOUNT)
+    journal._store_trust(Rights(3, {right.feature_id: right}, owner_epoch=2), (), False)
+    journal.use(1, right=NEW_RIGHT, account=NEW_ACCOUNT)
+    journal.use(1, right="ent-later", account=NEW_ACCOUNT)
+    journal.receipt(2)
+    assert not any(r.is_sealed for r in journal.store.records(1, 2))
+
+
+def test_how_many_rights_are_told_apart_is_bounded_and_the_latest_stay(journal: Journal) -> None:
+    journal.sell()
+    right = entitlement(1)
+    for number in range(MAX_OWN + 5):
+        latest = replace(right, entitlement_id=f"ent-{number}")
+        journal._store_trust(Rights(3, {latest.feature_id: latest}, owner_epoch=2), (), False)
+    own = journal.store._own()
+    assert own is not None
+    assert len(own) == MAX_OWN
+    journal.use(1, right=f"ent-{MAX_OWN + 4}")
+    journal.receipt(1)
+    assert not journal.store.records(1, 1)[0].is_sealed
+
+
+def test_a_copy_from_before_the_sale_ends_the_history_with_the_next_set(journal: Journal) -> None:
+    """Its own epoch counts, although the second copy of the floors knows of the sale."""
+    journal.use(1)
+    assert journal.store.load().owner_epoch == 1
+    raised = _raised(journal.store.load(), Floors(owner_epoch=2))
+    assert (raised.floors.owner_epoch, raised.owner_epoch) == (2, 1)
+
+
+def test_a_reader_of_the_file_only_delays_the_end_of_the_write_ahead_log(journal: Journal) -> None:
+    journal.use(2)
+    journal.receipt(2)
+    reader = sqlite3.connect(journal.path, isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT count(*) FROM record").fetchall()
+    journal.sell()
+    journal.receipt(2)
+    assert OLD_ACCOUNT.encode() in journal.on_disk()
+    reader.close()
+    journal.store.seal_former(seal)
+    assert OLD_ACCOUNT.encode() not in journal.on_disk()
+
+
+def test_a_key_that_another_receipt_key_announced_counts_no_more(journal: Journal) -> None:
+    journal.use(1)
+    journal.sell()
+    journal.store.store_receipt(1, b"r", b"s", ARCHIVE, "stolen")
+    assert not journal.store.seal_former(seal, "new")
+    assert not journal.store.records(1, 1)[0].is_sealed
+    assert journal.store.unsealed == 1
+    journal.store.store_receipt(1, b"r", b"s", ARCHIVE, "new")
+    journal.store.seal_former(seal, "new")
+    assert journal.store.records(1, 1)[0].is_sealed
+    assert journal.store.unsealed == 0
+
+
+def test_only_the_last_receipt_of_the_former_owner_stays(journal: Journal) -> None:
+    journal.use(3)
+    for through in (1, 2, 3):
+        journal.receipt(through)
+    journal.sell()
+    assert journal.store._read("SELECT through_seq FROM receipt") == [(3,)]
+
+
+def test_the_running_agent_shows_nothing_of_the_former_owner(tmp_path: Path) -> None:
+    del tmp_path
+    world = World()
+    world.boot()
+    world.cloud.grant(entitlement(1))
+    world.push()
+    world.run_ms(30_000)
+    assert world.engine is not None
+    assert world.engine.status(world.now_ms * MS)["usage"]
+    later = replace(entitlement(2), account=NEW_ACCOUNT)
+    version = world.cloud.version + 1
+    old = world.cloud.rights[world.cloud.version]
+    world.cloud.rights[version] = replace(
+        old, version=version, entitlements={later.feature_id: later}, owner_epoch=2
+    )
+    world.cloud.version = version
+    world.engine._owner_epoch = 1
+    world.push()
+    world.run_ms(3_000)
+    status = json.dumps(world.engine.status(world.now_ms * MS))
+    assert later.entitlement_id in status
+    assert entitlement(1).entitlement_id not in status
+
+
+def test_a_window_that_never_ends_is_declared_at_the_sale(tmp_path: Path) -> None:
+    del tmp_path
+    world = World()
+    world.boot()
+    world.cloud.grant(entitlement(1))
+    world.push()
+    world.run_ms(30_000)
+    world.kill()
+    world.ecu.silent = True
+    world.boot()
+    assert world.disk.windows
+    assert world.engine is not None
+    world.engine._ledger.give_up_waiting(NOW, of=frozenset({entitlement(1).entitlement_id}))
+    assert world.engine._ledger._recovered == []
+    last = usage_pb2.UsageRecord.FromString(world.engine._ledger.unsaved[-1].content)
+    assert (last.value, last.gap_unbounded) == (0, True)
+    assert last.gap_reason == usage_pb2.GAP_REASON_AGENT_DOWN
+
+
 def test_without_a_key_nothing_is_sealed_and_nothing_is_lost(journal: Journal) -> None:
     journal.use(2)
     journal.sell()
@@ -191,7 +318,7 @@ async def first_receipt(stream: Stream, device: Device, records: Sequence[bytes]
 
 
 def test_sealed_records_are_taken_by_a_restored_cloud_and_once_only(tmp_path: Path) -> None:
-    async def story(world: World) -> None:
+    async def story(world: World_) -> None:
         device = await world.device()
         stream = world.connect(device)
         await stream.hello()
@@ -208,9 +335,34 @@ def test_sealed_records_are_taken_by_a_restored_cloud_and_once_only(tmp_path: Pa
     play(tmp_path, story)
 
 
+def test_an_older_receipt_key_still_opens_and_a_receipt_without_a_key_is_signed_anew(tmp_path: Path) -> None:
+    async def story(world: World_) -> None:
+        device = await world.device()
+        stream = world.connect(device)
+        await stream.hello()
+        clear = chain(device.source, 2)
+        receipt = await first_receipt(stream, device, clear[:1])
+        old, new = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
+        sealed = seal(clear[1], archive_key(old).public_key().public_bytes_raw(), JOURNAL)
+        signed = signed_batch(device.key, device.source, [sealed], sealed=(0,))
+        keys = [archive_key(new), archive_key(old)]
+        batch = ingest.verify(signed, device.key.public_key(), device.source, {}, keys)
+        assert [row.content for row in batch.rows] == clear[1:]
+        # A cloud whose receipt key was replaced names its new archive key at the next contact.
+        content = await world.cloud.store.run(
+            lambda tx: ingest.latest_receipt(tx, device.source, JOURNAL, new)
+        )
+        assert content is not None
+        again = usage_pb2.UsageReceipt.FromString(usage_pb2.SignedUsageReceipt.FromString(content).receipt)
+        assert again.archive_key == archive_key(new).public_key().public_bytes_raw()
+        assert (again.through_seq, again.head_hash) == (receipt.through_seq, receipt.head_hash)
+
+    play(tmp_path, story)
+
+
 @pytest.mark.parametrize("attack", ["changed", "other key", "other journal", "position", "twice", "clear"])
 def test_a_forged_sealed_record_is_refused_and_nothing_is_stored(tmp_path: Path, attack: str) -> None:
-    async def story(world: World) -> None:
+    async def story(world: World_) -> None:
         device = await world.device()
         stream = world.connect(device)
         await stream.hello()

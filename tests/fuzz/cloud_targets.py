@@ -216,9 +216,9 @@ register("csr", enrolment.device_key, InvalidRequestError, lambda: [cloud_world.
 
 
 @functools.cache
-def archive() -> X25519PrivateKey:
+def archive() -> list[X25519PrivateKey]:
     """Opens records of former owners."""
-    return ingest.archive_key(Ed25519PrivateKey.generate())
+    return [ingest.archive_key(Ed25519PrivateKey.generate())]
 
 
 def usage(content: bytes) -> None:

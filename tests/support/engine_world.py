@@ -366,6 +366,8 @@ class World:
         match command:
             case ev.StoreTrust(_, verdict, mark_ms):
                 self.disk.verdict = verdict
+                if command.new_owner:
+                    self.disk.log.clear()
                 if command.live:
                     self.disk.contact_ms = mark_ms
                 self.disk.mark_ms = max(self.disk.mark_ms, mark_ms)

@@ -83,8 +83,8 @@ def test_a_new_owners_log_begins_anew_and_says_nothing_of_the_rights_before() ->
     right, other = entitlement(1), entitlement(2)
     before = Rights(6, {right.feature_id: right}, owner_epoch=2)
     head = LogHead(5, b"\x05" * 32)
-    entries, former = follow(head, verdict(other, owner_epoch=3), NOW, before=before, owner_epoch=2)
-    assert former == (right.entitlement_id,)
+    entries, new_owner = follow(head, verdict(other, owner_epoch=3), NOW, before=before, owner_epoch=2)
+    assert new_owner
     assert verify_chain(e.content for e in entries) == entries[-1].head
     owner, granted = read(entries)
     assert owner["log_before"] == {"entries": 5, "head": head.hash.hex()}
@@ -96,7 +96,7 @@ def test_a_new_owners_log_begins_anew_and_says_nothing_of_the_rights_before() ->
 def test_the_first_set_and_the_same_owner_are_no_change_of_owner() -> None:
     head = LogHead(5, b"\x05" * 32)
     for known in (0, 3):
-        assert follow(head, verdict(owner_epoch=3), NOW, before=Rights(1), owner_epoch=known) == ((), None)
+        assert follow(head, verdict(owner_epoch=3), NOW, before=Rights(1), owner_epoch=known) == ((), False)
 
 
 def test_an_unknown_uncertainty_is_noted_as_unknown() -> None:
