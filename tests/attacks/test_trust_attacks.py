@@ -200,6 +200,12 @@ def test_genuine_metadata_of_another_vehicle_is_refused(cloud: Cloud) -> None:
     assert VIN in message
 
 
+def test_the_answer_to_another_vehicle_is_named_as_such_whatever_else_is_wrong(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    other = Cloud(OTHER_VIN)
+    vehicle.refuses(other.answer(nonce(77)), VehicleMismatchError)
+
+
 @pytest.mark.parametrize("role", ["snapshot", "targets"])
 def test_one_file_of_another_vehicle_is_refused(cloud: Cloud, role: str) -> None:
     vehicle = supplied(cloud)
@@ -332,6 +338,31 @@ def test_a_store_without_the_newer_roots_is_refused_by_the_floor(cloud: Cloud) -
     vehicle.take(cloud.answer(vehicle.nonce))
     vehicle.stored = old
     with pytest.raises(RollbackError, match="director root"):
+        vehicle.boot()
+
+
+@pytest.mark.parametrize("role", ["root", "timestamp", "snapshot", "targets"])
+@pytest.mark.parametrize("repository", ["director", "catalogue"])
+def test_a_store_below_any_floor_is_refused(cloud: Cloud, repository: str, role: str) -> None:
+    vehicle = supplied(cloud)
+    versions = getattr(vehicle.floors, repository)
+    newer = replace(versions, **{role: getattr(versions, role) + 1})
+    vehicle.floors = replace(vehicle.floors, **{repository: newer})
+    with pytest.raises(RollbackError, match=f"{repository} {role}"):
+        vehicle.boot()
+
+
+def test_floors_that_name_no_keys_yet_hold_all_the_same(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    floors = replace(vehicle.floors, director_epoch="", catalogue_epoch="")
+    vehicle.floors = replace(floors, token_counters={("seat-module", SEAT): 2})
+    with pytest.raises(RollbackError, match="token counter"):
+        vehicle.boot()
+    vehicle.floors = replace(floors, releases={SEAT: 2})
+    with pytest.raises(RollbackError, match="release"):
+        vehicle.boot()
+    vehicle.floors = replace(floors, owner_epoch=2)
+    with pytest.raises(RollbackError, match="owner epoch"):
         vehicle.boot()
 
 
@@ -627,6 +658,21 @@ def test_deeply_nested_metadata_is_refused_unread(
     vehicle.refuses(update, LimitError, match="depth")
 
 
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("repository", ["director", "catalogue"])
+def test_a_stored_root_that_two_readers_could_read_differently_is_refused(
+    cloud: Cloud, repository: str, place: int
+) -> None:
+    vehicle = supplied(cloud)
+    getattr(cloud, repository).rotate("root")
+    vehicle.take(cloud.answer(vehicle.nonce))
+    roots = list(getattr(vehicle.stored, repository).roots)
+    roots[place] = roots[place].replace(b"{", b'{"signatures":[],', 1)
+    vehicle.stored = with_part(vehicle.stored, repository, roots=tuple(roots))
+    with pytest.raises(MalformedError, match=f"{repository} root: a key stands twice"):
+        vehicle.boot()
+
+
 def test_too_many_or_too_large_roots_are_refused_unread(cloud: Cloud) -> None:
     vehicle = supplied(cloud)
     update = cloud.answer(vehicle.nonce)
@@ -642,6 +688,21 @@ def test_too_many_or_too_large_targets_are_refused_unread(cloud: Cloud) -> None:
     vehicle.refuses(replace(update, catalogue_targets=many), LimitError)
     vehicle.refuses(replace(update, director_targets={"t": b" " * 65_537}), LimitError)
     vehicle.refuses(replace(update, director_targets={"t" * 257: b""}), LimitError)
+
+
+def test_a_file_of_too_many_roots_is_refused_though_each_is_trusted(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    trusted = vehicle.stored.director.roots[0]
+    bundle = with_part(cloud.answer(None, offline=True), "director", roots=(trusted,) * 33)
+    vehicle.refuses(bundle, LimitError, match="root files", as_file=True)
+
+
+def test_a_store_of_too_many_targets_is_refused_though_none_is_listed(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    many = {f"t{i}": b"" for i in range(513)}
+    vehicle.stored = replace(vehicle.stored, director_targets={**vehicle.stored.director_targets, **many})
+    with pytest.raises(LimitError):
+        vehicle.boot()
 
 
 @pytest.mark.parametrize(
