@@ -27,7 +27,7 @@ from support.trust_repo import (
     resigned,
     supplied,
 )
-from tuf.api.metadata import Delegations, Key, MetaFile
+from tuf.api.metadata import DelegatedRole, Delegations, Key, MetaFile
 
 from agent.errors import (
     DisagreementError,
@@ -140,7 +140,8 @@ def test_one_signature_twice_does_not_make_a_threshold(cloud: Cloud) -> None:
     vehicle.refuses(cloud.answer(vehicle.nonce), SignatureError)
 
 
-def test_one_key_under_two_ids_is_refused_in_a_root(cloud: Cloud) -> None:
+@pytest.mark.parametrize("provisioned", [False, True])
+def test_one_key_under_two_ids_is_refused_in_a_root(cloud: Cloud, provisioned: bool) -> None:
     vehicle = supplied(cloud)
 
     def double(root: Any) -> None:
@@ -151,6 +152,12 @@ def test_one_key_under_two_ids_is_refused_in_a_root(cloud: Cloud) -> None:
         root.roles["targets"].threshold = 2
 
     cloud.director.edits["root"] = double
+    if provisioned:
+        cloud.director.roots.clear()
+        cloud.director.add_root()
+        with pytest.raises(MalformedError, match="two key ids"):
+            Vehicle(cloud).take(cloud.answer(nonce(1)))
+        return
     cloud.director.add_root()
     vehicle.refuses(cloud.answer(vehicle.nonce), MalformedError, match="two key ids")
 
@@ -322,6 +329,23 @@ def test_older_targets_under_a_new_snapshot_are_refused(cloud: Cloud, repository
     vehicle.refuses(cloud.answer(vehicle.nonce), RollbackError, match=f"{repository} targets")
 
 
+@pytest.mark.parametrize("repository", ["director", "catalogue"])
+def test_older_targets_are_refused_by_the_stored_snapshot_where_the_floors_are_lost(
+    cloud: Cloud, repository: str
+) -> None:
+    vehicle = supplied(cloud)
+    source = getattr(cloud, repository)
+    older = source.version
+    cloud.publish_catalogue()
+    cloud.publish()
+    vehicle.take(cloud.answer(vehicle.nonce))
+    vehicle.floors = Floors()
+    source.edits["snapshot"] = lambda snapshot: setattr(snapshot.meta["targets.json"], "version", older)
+    cloud.publish_catalogue()
+    cloud.publish()
+    vehicle.refuses(cloud.answer(vehicle.nonce), RollbackError, match=f"{repository} targets")
+
+
 def test_an_older_catalogue_timestamp_is_refused(cloud: Cloud) -> None:
     vehicle = supplied(cloud)
     old = cloud.catalogue_timestamp
@@ -348,8 +372,9 @@ def test_a_store_below_any_floor_is_refused(cloud: Cloud, repository: str, role:
     versions = getattr(vehicle.floors, repository)
     newer = replace(versions, **{role: getattr(versions, role) + 1})
     vehicle.floors = replace(vehicle.floors, **{repository: newer})
-    with pytest.raises(RollbackError, match=f"{repository} {role}"):
+    with pytest.raises(RollbackError) as caught:
         vehicle.boot()
+    assert caught.value.what == f"{repository} {role}"
 
 
 def test_floors_that_name_no_keys_yet_hold_all_the_same(cloud: Cloud) -> None:
@@ -522,6 +547,19 @@ def test_delegations_of_the_director_are_refused(cloud: Cloud) -> None:
     cloud.director.edits["targets"] = lambda t: setattr(t, "delegations", Delegations({}, {}))
     cloud.publish()
     vehicle.refuses(cloud.answer(vehicle.nonce), MalformedError, match="delegations")
+
+
+def test_delegations_of_the_catalogue_give_nothing(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    key = CryptoSigner.generate_ed25519().public_key
+    role = DelegatedRole("other", [key.keyid], 1, terminating=False, paths=["features/*/*"])
+    delegations = Delegations({key.keyid: key}, {"other": role})
+    cloud.catalogue.edits["targets"] = lambda targets: setattr(targets, "delegations", delegations)
+    cloud.publish_catalogue()
+    assert vehicle.take(cloud.answer(vehicle.nonce)).rights == vehicle.boot().rights
+    del cloud.catalogue.targets[SEAT_FILE]
+    cloud.publish_catalogue()
+    vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError, match="the catalogue does not")
 
 
 def test_a_snapshot_that_drops_targets_is_refused(cloud: Cloud) -> None:

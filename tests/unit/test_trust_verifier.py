@@ -82,10 +82,13 @@ def test_a_vehicle_without_rights_takes_an_empty_set(cloud: Cloud) -> None:
 
 def test_a_fresh_time_alone_keeps_the_rights(cloud: Cloud) -> None:
     vehicle = supplied(cloud)
-    before = vehicle.boot().rights
+    before = vehicle.boot()
     cloud.at(NOW_MS + 60_000)
-    verdict = vehicle.take(cloud.answer(vehicle.nonce, only_time=True))
-    assert verdict.rights == before
+    update = cloud.answer(vehicle.nonce, only_time=True)
+    verdict = vehicle.take(update)
+    assert verdict.rights == vehicle.boot().rights == before.rights
+    director = replace(before.state.director, timestamp=update.director.timestamp)
+    assert verdict.state == replace(before.state, director=director)
     assert verdict.signed_ms == NOW_MS + 60_000
     assert verdict.director.timestamp == 2
 
