@@ -367,11 +367,15 @@ def test_a_store_without_the_newer_roots_is_refused_by_the_floor(cloud: Cloud) -
 
 @pytest.mark.parametrize("role", ["root", "timestamp", "snapshot", "targets"])
 @pytest.mark.parametrize("repository", ["director", "catalogue"])
-def test_a_store_below_any_floor_is_refused(cloud: Cloud, repository: str, role: str) -> None:
+@pytest.mark.parametrize("epochs", [{}, {"director_epoch": "", "catalogue_epoch": ""}], ids=["named", "none"])
+def test_a_store_below_any_floor_is_refused(
+    cloud: Cloud, repository: str, role: str, epochs: dict[str, str]
+) -> None:
     vehicle = supplied(cloud)
     versions = getattr(vehicle.floors, repository)
     newer = replace(versions, **{role: getattr(versions, role) + 1})
-    vehicle.floors = replace(vehicle.floors, **{repository: newer})
+    changed: dict[str, Any] = {repository: newer, **epochs}
+    vehicle.floors = replace(vehicle.floors, **changed)
     with pytest.raises(RollbackError) as caught:
         vehicle.boot()
     assert caught.value.what == f"{repository} {role}"
@@ -486,9 +490,17 @@ def test_a_feature_of_other_content_than_in_the_catalogue_is_refused(cloud: Clou
     harmful = feature_file(SEAT).replace(b"31 01 0F 0E 00 01", b"31 01 0F 0E 00 02")
     cloud.catalogue_files[SEAT_FILE] = harmful  # the director's keys are stolen
     cloud.publish()
-    message = vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError, match="sha256")
-    assert "the director says" in message
+    message = vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError)
+    assert message.startswith(f"{SEAT_FILE}: the director says sha256")
     assert "the catalogue" in message
+
+
+def test_a_feature_of_another_length_than_in_the_catalogue_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    cloud.director.edits["targets"] = lambda targets: setattr(targets.targets[SEAT_FILE], "length", 1)
+    cloud.publish()
+    message = vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError)
+    assert message.startswith(f"{SEAT_FILE}: the director says length 1,")
 
 
 def edit_custom(path: str, **custom: object) -> Callable[[Any], None]:
@@ -518,12 +530,14 @@ def test_custom_metadata_that_disagrees_is_refused(
     vehicle = supplied(cloud)
     cloud.director.edits["targets"] = edit_custom(path, **custom)
     cloud.publish()
-    vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError, match=match)
+    message = vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError)
+    assert message.startswith(f"{path}: the director says {match}")
 
 
-def test_a_catalogue_that_no_longer_lists_the_hardware_is_refused(cloud: Cloud) -> None:
+@pytest.mark.parametrize("listed", [["another"], [], "openfod-seat-1", None], ids=repr)
+def test_a_catalogue_that_no_longer_lists_the_hardware_is_refused(cloud: Cloud, listed: object) -> None:
     vehicle = supplied(cloud)
-    cloud.catalogue.edits["targets"] = edit_custom(SEAT_FILE, hardware_ids=["another"])
+    cloud.catalogue.edits["targets"] = edit_custom(SEAT_FILE, hardware_ids=listed)
     cloud.publish_catalogue()
     vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError, match="hardware_id")
 
@@ -733,6 +747,26 @@ def test_a_file_of_too_many_roots_is_refused_though_each_is_trusted(cloud: Cloud
     trusted = vehicle.stored.director.roots[0]
     bundle = with_part(cloud.answer(None, offline=True), "director", roots=(trusted,) * 33)
     vehicle.refuses(bundle, LimitError, match="root files", as_file=True)
+
+
+def test_a_feature_more_than_a_store_may_hold_is_refused_though_the_update_is_small(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+
+    def add(name: str) -> str:
+        cloud.describe(name, 1, content=feature_file(SEAT).replace(SEAT.encode(), name.encode()))
+        cloud.releases[name] = 1
+        return f"features/{name}/1.toml"
+
+    for number in range(255):
+        add(f"seat-{number}")
+    cloud.publish_catalogue()
+    cloud.publish()
+    assert len(vehicle.take(cloud.answer(vehicle.nonce)).rights.features) == 256
+    path = add("seat-255")
+    cloud.publish_catalogue()
+    cloud.publish()
+    small = replace(cloud.answer(vehicle.nonce), catalogue_targets={path: cloud.catalogue_files[path]})
+    vehicle.refuses(small, LimitError, match="feature files in use")
 
 
 def test_a_store_of_too_many_targets_is_refused_though_none_is_listed(cloud: Cloud) -> None:
@@ -972,7 +1006,7 @@ def test_what_disagrees_is_named_with_both_sides(
     cloud.catalogue.edits["targets"] = edit_custom(SEAT_FILE, **edit)
     cloud.publish_catalogue()
     message = vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError)
-    assert f"the director says {director_says}" in message
+    assert message.startswith(f"{SEAT_FILE}: the director says {director_says}")
     assert catalogue_says in message
 
 
