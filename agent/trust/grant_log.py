@@ -70,7 +70,7 @@ def entry(head: LogHead, kind: str, now: TrustedTime, facts: Mapping[str, object
         "uncertainty_ms": now.uncertainty_ms if now.uncertainty_ms < _UNKNOWN_MS else None,
         **facts,
     }
-    line = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+    line = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
     return LogEntry(head.seq + 1, hashlib.sha256(line).digest(), line)
 
 

@@ -302,7 +302,6 @@ def _verify(
     features = _features(catalogue_files, director.targets, floors.releases if same_epoch else {})
     rights = Rights(
         version=director.versions.targets,
-        entitlements={},
         features=features,
         tokens=_tokens(director_files, director.targets, features, counter_floors),
         token_key=_token_key(director_files),

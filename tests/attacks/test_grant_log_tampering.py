@@ -35,6 +35,21 @@ def test_a_genuine_export_is_whole() -> None:
     assert verify_export(export([])) == LogHead(0, GENESIS)
 
 
+def test_an_export_that_an_owner_keeps_stays_readable() -> None:
+    first = b'{"at_ms":0,"kind":"evidence","previous":"' + b"0" * 64 + b'","seq":1}'
+    digest = "8b23d7e051c81f2ebe73aac5600c45c2232042a563c1efd619443115b0558840"
+    kept = first + b'\n{"end": {"entries": 1, "head": "' + digest.encode() + b'"}}\n'
+    assert verify_export(kept) == LogHead(1, bytes.fromhex(digest))
+    assert export([first]) == kept
+
+
+def test_an_export_of_64_mib_is_read_and_a_longer_one_is_not() -> None:
+    longest = WHOLE.removesuffix(b"\n").ljust(64 * 2**20)
+    assert verify_export(longest) == HEAD
+    with pytest.raises(GrantLogError, match="more than 67108864 bytes"):
+        verify_export(longest + b" ")
+
+
 def test_any_changed_byte_and_any_cut_is_found() -> None:
     for at in range(len(WHOLE) - 1):
         changed = bytearray(WHOLE)

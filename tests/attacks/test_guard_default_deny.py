@@ -321,6 +321,16 @@ def test_right_that_ends_while_its_token_is_sent_stops_the_next_piece() -> None:
     guard.approve(SEAT, RELEASE)
 
 
+def test_ecu_that_the_next_rights_no_longer_name_gets_no_further_piece() -> None:
+    guard = open_guard()
+    guard.approve(SEAT, REQUEST)
+    frames = pieces(REQUEST)
+    send_all(guard, frames[:5])
+    guard.allow(rights(feature("lamp", LAMP)), ())
+    refused(guard, lambda: guard.check_frame(frames[5], S_NS), "no approved request")
+    guard.approve(LAMP, READ)
+
+
 def test_right_that_stays_keeps_its_open_request_and_a_sent_one_may_be_answered() -> None:
     guard = open_guard()
     guard.approve(SEAT, REQUEST)

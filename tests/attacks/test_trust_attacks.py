@@ -27,7 +27,7 @@ from support.trust_repo import (
     resigned,
     supplied,
 )
-from tuf.api.metadata import Delegations, Key, MetaFile
+from tuf.api.metadata import DelegatedRole, Delegations, Key, MetaFile
 
 from agent.errors import (
     DisagreementError,
@@ -140,7 +140,8 @@ def test_one_signature_twice_does_not_make_a_threshold(cloud: Cloud) -> None:
     vehicle.refuses(cloud.answer(vehicle.nonce), SignatureError)
 
 
-def test_one_key_under_two_ids_is_refused_in_a_root(cloud: Cloud) -> None:
+@pytest.mark.parametrize("provisioned", [False, True])
+def test_one_key_under_two_ids_is_refused_in_a_root(cloud: Cloud, provisioned: bool) -> None:
     vehicle = supplied(cloud)
 
     def double(root: Any) -> None:
@@ -151,6 +152,12 @@ def test_one_key_under_two_ids_is_refused_in_a_root(cloud: Cloud) -> None:
         root.roles["targets"].threshold = 2
 
     cloud.director.edits["root"] = double
+    if provisioned:
+        cloud.director.roots.clear()
+        cloud.director.add_root()
+        with pytest.raises(MalformedError, match="two key ids"):
+            Vehicle(cloud).take(cloud.answer(nonce(1)))
+        return
     cloud.director.add_root()
     vehicle.refuses(cloud.answer(vehicle.nonce), MalformedError, match="two key ids")
 
@@ -198,6 +205,12 @@ def test_genuine_metadata_of_another_vehicle_is_refused(cloud: Cloud) -> None:
     message = vehicle.refuses(cloud.answer(vehicle.nonce), VehicleMismatchError)
     assert OTHER_VIN in message
     assert VIN in message
+
+
+def test_the_answer_to_another_vehicle_is_named_as_such_whatever_else_is_wrong(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    other = Cloud(OTHER_VIN)
+    vehicle.refuses(other.answer(nonce(77)), VehicleMismatchError)
 
 
 @pytest.mark.parametrize("role", ["snapshot", "targets"])
@@ -316,6 +329,23 @@ def test_older_targets_under_a_new_snapshot_are_refused(cloud: Cloud, repository
     vehicle.refuses(cloud.answer(vehicle.nonce), RollbackError, match=f"{repository} targets")
 
 
+@pytest.mark.parametrize("repository", ["director", "catalogue"])
+def test_older_targets_are_refused_by_the_stored_snapshot_where_the_floors_are_lost(
+    cloud: Cloud, repository: str
+) -> None:
+    vehicle = supplied(cloud)
+    source = getattr(cloud, repository)
+    older = source.version
+    cloud.publish_catalogue()
+    cloud.publish()
+    vehicle.take(cloud.answer(vehicle.nonce))
+    vehicle.floors = Floors()
+    source.edits["snapshot"] = lambda snapshot: setattr(snapshot.meta["targets.json"], "version", older)
+    cloud.publish_catalogue()
+    cloud.publish()
+    vehicle.refuses(cloud.answer(vehicle.nonce), RollbackError, match=f"{repository} targets")
+
+
 def test_an_older_catalogue_timestamp_is_refused(cloud: Cloud) -> None:
     vehicle = supplied(cloud)
     old = cloud.catalogue_timestamp
@@ -332,6 +362,36 @@ def test_a_store_without_the_newer_roots_is_refused_by_the_floor(cloud: Cloud) -
     vehicle.take(cloud.answer(vehicle.nonce))
     vehicle.stored = old
     with pytest.raises(RollbackError, match="director root"):
+        vehicle.boot()
+
+
+@pytest.mark.parametrize("role", ["root", "timestamp", "snapshot", "targets"])
+@pytest.mark.parametrize("repository", ["director", "catalogue"])
+@pytest.mark.parametrize("epochs", [{}, {"director_epoch": "", "catalogue_epoch": ""}], ids=["named", "none"])
+def test_a_store_below_any_floor_is_refused(
+    cloud: Cloud, repository: str, role: str, epochs: dict[str, str]
+) -> None:
+    vehicle = supplied(cloud)
+    versions = getattr(vehicle.floors, repository)
+    newer = replace(versions, **{role: getattr(versions, role) + 1})
+    changed: dict[str, Any] = {repository: newer, **epochs}
+    vehicle.floors = replace(vehicle.floors, **changed)
+    with pytest.raises(RollbackError) as caught:
+        vehicle.boot()
+    assert caught.value.what == f"{repository} {role}"
+
+
+def test_floors_that_name_no_keys_yet_hold_all_the_same(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    floors = replace(vehicle.floors, director_epoch="", catalogue_epoch="")
+    vehicle.floors = replace(floors, token_counters={("seat-module", SEAT): 2})
+    with pytest.raises(RollbackError, match="token counter"):
+        vehicle.boot()
+    vehicle.floors = replace(floors, releases={SEAT: 2})
+    with pytest.raises(RollbackError, match="release"):
+        vehicle.boot()
+    vehicle.floors = replace(floors, owner_epoch=2)
+    with pytest.raises(RollbackError, match="owner epoch"):
         vehicle.boot()
 
 
@@ -430,9 +490,17 @@ def test_a_feature_of_other_content_than_in_the_catalogue_is_refused(cloud: Clou
     harmful = feature_file(SEAT).replace(b"31 01 0F 0E 00 01", b"31 01 0F 0E 00 02")
     cloud.catalogue_files[SEAT_FILE] = harmful  # the director's keys are stolen
     cloud.publish()
-    message = vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError, match="sha256")
-    assert "the director says" in message
+    message = vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError)
+    assert message.startswith(f"{SEAT_FILE}: the director says sha256")
     assert "the catalogue" in message
+
+
+def test_a_feature_of_another_length_than_in_the_catalogue_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    cloud.director.edits["targets"] = lambda targets: setattr(targets.targets[SEAT_FILE], "length", 1)
+    cloud.publish()
+    message = vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError)
+    assert message.startswith(f"{SEAT_FILE}: the director says length 1,")
 
 
 def edit_custom(path: str, **custom: object) -> Callable[[Any], None]:
@@ -462,12 +530,14 @@ def test_custom_metadata_that_disagrees_is_refused(
     vehicle = supplied(cloud)
     cloud.director.edits["targets"] = edit_custom(path, **custom)
     cloud.publish()
-    vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError, match=match)
+    message = vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError)
+    assert message.startswith(f"{path}: the director says {match}")
 
 
-def test_a_catalogue_that_no_longer_lists_the_hardware_is_refused(cloud: Cloud) -> None:
+@pytest.mark.parametrize("listed", [["another"], [], "openfod-seat-1", None], ids=repr)
+def test_a_catalogue_that_no_longer_lists_the_hardware_is_refused(cloud: Cloud, listed: object) -> None:
     vehicle = supplied(cloud)
-    cloud.catalogue.edits["targets"] = edit_custom(SEAT_FILE, hardware_ids=["another"])
+    cloud.catalogue.edits["targets"] = edit_custom(SEAT_FILE, hardware_ids=listed)
     cloud.publish_catalogue()
     vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError, match="hardware_id")
 
@@ -491,6 +561,19 @@ def test_delegations_of_the_director_are_refused(cloud: Cloud) -> None:
     cloud.director.edits["targets"] = lambda t: setattr(t, "delegations", Delegations({}, {}))
     cloud.publish()
     vehicle.refuses(cloud.answer(vehicle.nonce), MalformedError, match="delegations")
+
+
+def test_delegations_of_the_catalogue_give_nothing(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    key = CryptoSigner.generate_ed25519().public_key
+    role = DelegatedRole("other", [key.keyid], 1, terminating=False, paths=["features/*/*"])
+    delegations = Delegations({key.keyid: key}, {"other": role})
+    cloud.catalogue.edits["targets"] = lambda targets: setattr(targets, "delegations", delegations)
+    cloud.publish_catalogue()
+    assert vehicle.take(cloud.answer(vehicle.nonce)).rights == vehicle.boot().rights
+    del cloud.catalogue.targets[SEAT_FILE]
+    cloud.publish_catalogue()
+    vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError, match="the catalogue does not")
 
 
 def test_a_snapshot_that_drops_targets_is_refused(cloud: Cloud) -> None:
@@ -627,6 +710,21 @@ def test_deeply_nested_metadata_is_refused_unread(
     vehicle.refuses(update, LimitError, match="depth")
 
 
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("repository", ["director", "catalogue"])
+def test_a_stored_root_that_two_readers_could_read_differently_is_refused(
+    cloud: Cloud, repository: str, place: int
+) -> None:
+    vehicle = supplied(cloud)
+    getattr(cloud, repository).rotate("root")
+    vehicle.take(cloud.answer(vehicle.nonce))
+    roots = list(getattr(vehicle.stored, repository).roots)
+    roots[place] = roots[place].replace(b"{", b'{"signatures":[],', 1)
+    vehicle.stored = with_part(vehicle.stored, repository, roots=tuple(roots))
+    with pytest.raises(MalformedError, match=f"{repository} root: a key stands twice"):
+        vehicle.boot()
+
+
 def test_too_many_or_too_large_roots_are_refused_unread(cloud: Cloud) -> None:
     vehicle = supplied(cloud)
     update = cloud.answer(vehicle.nonce)
@@ -642,6 +740,41 @@ def test_too_many_or_too_large_targets_are_refused_unread(cloud: Cloud) -> None:
     vehicle.refuses(replace(update, catalogue_targets=many), LimitError)
     vehicle.refuses(replace(update, director_targets={"t": b" " * 65_537}), LimitError)
     vehicle.refuses(replace(update, director_targets={"t" * 257: b""}), LimitError)
+
+
+def test_a_file_of_too_many_roots_is_refused_though_each_is_trusted(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    trusted = vehicle.stored.director.roots[0]
+    bundle = with_part(cloud.answer(None, offline=True), "director", roots=(trusted,) * 33)
+    vehicle.refuses(bundle, LimitError, match="root files", as_file=True)
+
+
+def test_a_feature_more_than_a_store_may_hold_is_refused_though_the_update_is_small(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+
+    def add(name: str) -> str:
+        cloud.describe(name, 1, content=feature_file(SEAT).replace(SEAT.encode(), name.encode()))
+        cloud.releases[name] = 1
+        return f"features/{name}/1.toml"
+
+    for number in range(255):
+        add(f"seat-{number}")
+    cloud.publish_catalogue()
+    cloud.publish()
+    assert len(vehicle.take(cloud.answer(vehicle.nonce)).rights.features) == 256
+    path = add("seat-255")
+    cloud.publish_catalogue()
+    cloud.publish()
+    small = replace(cloud.answer(vehicle.nonce), catalogue_targets={path: cloud.catalogue_files[path]})
+    vehicle.refuses(small, LimitError, match="feature files in use")
+
+
+def test_a_store_of_too_many_targets_is_refused_though_none_is_listed(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    many = {f"t{i}": b"" for i in range(513)}
+    vehicle.stored = replace(vehicle.stored, director_targets={**vehicle.stored.director_targets, **many})
+    with pytest.raises(LimitError):
+        vehicle.boot()
 
 
 @pytest.mark.parametrize(
@@ -873,7 +1006,7 @@ def test_what_disagrees_is_named_with_both_sides(
     cloud.catalogue.edits["targets"] = edit_custom(SEAT_FILE, **edit)
     cloud.publish_catalogue()
     message = vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError)
-    assert f"the director says {director_says}" in message
+    assert message.startswith(f"{SEAT_FILE}: the director says {director_says}")
     assert catalogue_says in message
 
 

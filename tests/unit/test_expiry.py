@@ -44,8 +44,40 @@ def test_metadata_is_told_ahead_by_its_role(what: str, ahead_days: int) -> None:
     assert "stored rights go on" in ending.words
 
 
+def test_what_ends_at_this_moment_has_ended() -> None:
+    (at_once,) = endings({"director timestamp": NOW_MS}, NOTHING, NOW_MS)
+    assert "timestamp ended" in at_once.words
+    (later,) = endings({"director targets": NOW_MS + 1}, NOTHING, NOW_MS)
+    assert "targets ends" in later.words
+
+
+@pytest.mark.parametrize(
+    ("what", "command"),
+    [
+        ("director root", "fod-keys rotate"),
+        ("catalogue root", "fod-keys rotate"),
+        ("catalogue targets", "fod-keys sign-catalogue"),
+        ("director targets", "fod-agent import"),
+        ("catalogue snapshot", "fod-agent import"),
+    ],
+)
+def test_metadata_is_told_with_the_command_of_who_renews_it(what: str, command: str) -> None:
+    (ending,) = endings({what: NOW_MS}, NOTHING, NOW_MS)
+    commands = ("fod-keys rotate", "fod-keys sign-catalogue", "fod-agent import")
+    assert [c for c in commands if c in ending.words] == [command]
+
+
+@pytest.mark.usefixtures("far_east")
+def test_times_are_told_in_utc_wherever_the_machine_stands() -> None:
+    (ending,) = endings({"director targets": NOW_MS}, NOTHING, NOW_MS)
+    assert "2027-01-15 08:00 UTC" in ending.words
+
+
 def test_last_of_the_clouds_certificates_is_told_with_what_follows() -> None:
-    soon, late = (TlsAnchor(b"x", 0, NOW_MS + days * DAY_MS) for days in (3, 30))
+    soon, edge, late = (TlsAnchor(b"x", 0, NOW_MS + days * DAY_MS) for days in (3, 14, 30))
+    assert told(rights=replace(NOTHING, tls_anchors=(edge,))) == [
+        "last certificate that the cloud is known by"
+    ]
     assert told(rights=replace(NOTHING, tls_anchors=(soon, late))) == []
     (ending,) = endings({}, replace(NOTHING, tls_anchors=(soon,)), NOW_MS)
     assert ending.ends_ms == NOW_MS + 3 * DAY_MS
@@ -65,6 +97,16 @@ def test_right_that_nobody_renews_is_told() -> None:
     assert told(rights=right(plan_kind=PlanKind.PERPETUAL)) == []
     without_end = replace(right().entitlements["seat-heating"], not_after_s=0)
     assert told(rights=replace(NOTHING, entitlements={"seat-heating": without_end})) == []
+
+
+def test_right_is_told_from_two_weeks_ahead_whichever_come_before_it() -> None:
+    ahead_s = (NOW_MS + 14 * DAY_MS) // 1000
+    rights = {
+        "renewed": entitlement(1, not_after_s=ahead_s, display={"renews": True}),
+        "later": entitlement(2, not_after_s=ahead_s + 1),
+        "soon": entitlement(3, not_after_s=ahead_s),
+    }
+    assert told(rights=replace(NOTHING, entitlements=rights)) == ["right ent-0000000000000003 to soon"]
 
 
 def test_the_earliest_comes_first() -> None:

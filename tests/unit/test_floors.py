@@ -77,6 +77,51 @@ def test_epochs_that_no_root_orders_are_left_to_the_first(role: str) -> None:
     assert getattr(highest(a, b), role) == getattr(a, role)
 
 
+def test_of_directors_that_no_root_orders_nothing_is_mixed() -> None:
+    a, b = (
+        Floors(Versions(3, n, n, n), Versions(), n, {("e", "f"): n}, {"f": n}, epoch, "c", n)
+        for n, epoch in ((5, "a"), (9, "b"))
+    )
+    assert highest(a, b) == a
+    assert highest(b, a) == b
+
+
+@given(one_epoch, one_epoch)
+def test_a_copy_that_names_no_epoch_is_compared_with_any(a: Floors, b: Floors) -> None:
+    nameless = replace(b, director_epoch="", catalogue_epoch="")
+    assert highest(a, nameless) == highest(nameless, a) == highest(a, b)
+
+
+WRITTEN = floors_to_json(
+    Floors(Versions(1, 2, 3, 4), Versions(5, 6, 7, 8), 9, {("e", "f"): 1}, {"f": 2}, "x", "y", 3)
+)
+
+
+@pytest.mark.parametrize("value", [-1, -2, 1.0, 1.5, -1.5, True, "1", None, [1]], ids=repr)
+@pytest.mark.parametrize("at", ["director", "catalogue", "time_ms", "tokens", "releases", "owner_epoch"])
+def test_a_floor_that_is_no_count_is_refused_wherever_it_stands(at: str, value: object) -> None:
+    wrong = {
+        "director": [1, 2, value, 4],
+        "catalogue": [5, 6, 7, value],
+        "tokens": [["e", "f", value]],
+        "releases": {"f": value},
+    }
+    with pytest.raises(TypeError):
+        read_floors({**WRITTEN, at: wrong.get(at, value)})
+
+
+@pytest.mark.parametrize("content", [None, [], "", 1, list(WRITTEN)], ids=repr)
+def test_what_is_no_table_has_no_floors(content: object) -> None:
+    with pytest.raises(TypeError):
+        read_floors(content)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_no_floor_may_be_missing(name: str) -> None:
+    with pytest.raises(KeyError):
+        read_floors({key: value for key, value in WRITTEN.items() if key != name})
+
+
 def test_file_is_private_and_gives_back_what_it_was_given(tmp_path: Path) -> None:
     file = FloorsFile(tmp_path / "other partition", VIN)
     assert file.read() is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from functools import partial
@@ -63,6 +64,16 @@ def test_a_grant_is_noted_with_time_source_versions_plan_and_terms() -> None:
     )
 
 
+def test_an_entry_has_the_same_bytes_wherever_it_is_made() -> None:
+    """A head that an owner has noted must still fit after an update of the agent."""
+    made = entry(LogHead(), "evidence", NOW, {"finding": "Sitz: Zündung"})
+    assert made.content == (
+        b'{"at_ms":1800000000000,"finding":"Sitz: Z\\u00fcndung","kind":"evidence",'
+        b'"previous":"' + b"0" * 64 + b'","seq":1,"time_source":"signed","uncertainty_ms":40}'
+    )
+    assert made.head == LogHead(1, hashlib.sha256(made.content).digest())
+
+
 def test_a_change_an_end_and_a_replacement_have_entries_and_sameness_has_none() -> None:
     right = entitlement(1)
     known = {right.feature_id: right}
@@ -77,6 +88,13 @@ def test_a_change_an_end_and_a_replacement_have_entries_and_sameness_has_none() 
     assert kinds(longer) == [("changed", right.entitlement_id)]
     assert kinds() == [("ended", right.entitlement_id)]
     assert kinds(other) == [("ended", right.entitlement_id), ("granted", other.entitlement_id)]
+
+
+def test_entries_of_one_set_follow_one_another_past_rights_that_stay() -> None:
+    stays, *others = (entitlement(n, feature_id=f"feature-{n}") for n in range(5))
+    found = changes(LogHead(), verdict(stays, *others), NOW, before={stays.feature_id: stays})
+    assert verify_chain(e.content for e in found) == LogHead(4, found[-1].hash)
+    assert [e["feature"] for e in read(found)] == [right.feature_id for right in others]
 
 
 def test_a_new_owners_log_begins_anew_and_says_nothing_of_the_rights_before() -> None:
@@ -100,11 +118,13 @@ def test_the_first_set_and_the_same_owner_are_no_change_of_owner() -> None:
 
 
 def test_an_unknown_uncertainty_is_noted_as_unknown() -> None:
-    made = entry(LogHead(), "evidence", replace(NOW, uncertainty_ms=10**15), {"finding": "f"})
-    assert json.loads(made.content)["uncertainty_ms"] is None
-    assert summary(json.loads(made.content)) == "f"
+    for uncertainty_ms, noted in ((10**12 - 1, 10**12 - 1), (10**12, None), (10**15, None)):
+        made = entry(LogHead(), "evidence", replace(NOW, uncertainty_ms=uncertainty_ms), {"finding": "f"})
+        assert json.loads(made.content)["uncertainty_ms"] == noted
+        assert summary(json.loads(made.content)) == "f"
 
 
+@pytest.mark.usefixtures("far_east")
 def test_terms_are_said_in_words() -> None:
     right = entitlement(
         1,
@@ -124,7 +144,11 @@ def test_terms_are_said_in_words() -> None:
         " heated-distance above, charged extra: 6"
     )
     assert terms_in_words(entitlement(1, ignition_cycles=0)) == "no limit"
-    assert "Unix second 9999999999999" in terms_in_words(entitlement(1, not_after_s=9_999_999_999_999))
+
+
+@pytest.mark.parametrize("end_s", [9_999_999_999_999, 2**60, 2**64])  # as Python, C and time_t refuse it
+def test_an_end_that_no_calendar_knows_is_told_as_a_number(end_s: int) -> None:
+    assert f"until Unix second {end_s}" in terms_in_words(entitlement(1, not_after_s=end_s))
 
 
 # --- on disk ------------------------------------------------------------------------------

@@ -61,6 +61,13 @@ def test_a_request_of_the_longest_length_passes_and_a_longer_one_does_not() -> N
         guard.approve(SEAT, longer)
 
 
+def test_closing_what_is_not_open_changes_nothing() -> None:
+    guard = guard_of(feature(), feature("lamp", LAMP))
+    guard.approve(SEAT, READ)
+    guard.close(LAMP)
+    guard.check_frame(pieces(READ)[0], S_NS)
+
+
 def test_the_highest_standard_identifier_is_standard() -> None:
     highest = twin(SEAT, request_id=MAX_STANDARD_ID)
     assert MAX_STANDARD_ID == 0x7FF

@@ -8,9 +8,11 @@ from pathlib import Path
 from types import CodeType
 
 import pytest
+from support.trust_repo import SEAT, feature_file
 from tools import mutants
 from tools.mutants import LISTED, ListedFile, Module
 
+from agent.trust.verifier import parse_known_feature
 from common.config import read
 
 SOURCE = '''
@@ -96,6 +98,13 @@ def test_where_a_mutant_stands_says_which_tests_may_notice_it(small: Module) -> 
     assert small.uses(first) == ("FIRST", {8, 17})
     inside = by_change["limit == 7 * FIRST → limit != 7 * FIRST"]
     assert (inside.function, inside.lines) == ("check", (8, 8, 8))
+
+
+def test_no_test_gets_what_a_cached_function_returned_to_another() -> None:
+    parse_known_feature(feature_file(SEAT, 1))
+    assert parse_known_feature.cache_info().currsize > 0
+    mutants._empty_caches()
+    assert parse_known_feature.cache_info().currsize == 0
 
 
 def test_every_listed_survivor_is_a_change_that_can_be_made() -> None:

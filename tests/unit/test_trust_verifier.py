@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from hashlib import sha256
 
 import pytest
 from support.trust_repo import DAY_MS, LOGBOOK, NOW_MS, SEAT, VIN, Cloud, Vehicle, make_announcement, supplied
 
-from agent.errors import ExpiredError, MalformedError, RollbackError
-from agent.model import ActuatorKind, TlsAnchor, TokenKeyAnnouncement, TrustBytes
-from agent.trust.verifier import Floors, floors_after, starts_new_epoch, verify_stored
+from agent.errors import ExpiredError, MalformedError, RollbackError, SignatureError
+from agent.model import ActuatorKind, RepositoryBytes, TlsAnchor, TokenKeyAnnouncement, TrustBytes
+from agent.trust.verifier import Floors, check_anchors, floors_after, starts_new_epoch, verify_stored
 
 
 @pytest.fixture
@@ -80,10 +82,13 @@ def test_a_vehicle_without_rights_takes_an_empty_set(cloud: Cloud) -> None:
 
 def test_a_fresh_time_alone_keeps_the_rights(cloud: Cloud) -> None:
     vehicle = supplied(cloud)
-    before = vehicle.boot().rights
+    before = vehicle.boot()
     cloud.at(NOW_MS + 60_000)
-    verdict = vehicle.take(cloud.answer(vehicle.nonce, only_time=True))
-    assert verdict.rights == before
+    update = cloud.answer(vehicle.nonce, only_time=True)
+    verdict = vehicle.take(update)
+    assert verdict.rights == vehicle.boot().rights == before.rights
+    director = replace(before.state.director, timestamp=update.director.timestamp)
+    assert verdict.state == replace(before.state, director=director)
     assert verdict.signed_ms == NOW_MS + 60_000
     assert verdict.director.timestamp == 2
 
@@ -222,6 +227,44 @@ def test_floors_never_fall(cloud: Cloud) -> None:
     vehicle.take(cloud.answer(vehicle.nonce))
     assert vehicle.floors.token_counters == {("seat-module", SEAT): 2}
     assert vehicle.floors.director.targets > first.director.targets
+
+
+def test_floors_of_what_a_set_no_longer_lists_stay_until_the_keys_are_replaced(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    elsewhere = {("lamp-module", "lamp"): 9}
+    now = replace(vehicle.floors, token_counters={**vehicle.floors.token_counters, **elsewhere})
+    after = floors_after(vehicle.boot(), now)
+    assert after.token_counters == {("seat-module", SEAT): 1, ("lamp-module", "lamp"): 9}
+    replaced = floors_after(vehicle.boot(), replace(now, director_epoch="of older keys"))
+    assert replaced.token_counters == {("seat-module", SEAT): 1}
+
+
+def test_floors_that_name_no_keys_yet_are_not_of_other_keys(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    verdict = vehicle.boot()
+    nameless = replace(
+        vehicle.floors, director_epoch="", catalogue_epoch="", time_ms=NOW_MS + 5, owner_epoch=7
+    )
+    after = floors_after(verdict, nameless)
+    assert after == replace(vehicle.floors, time_ms=NOW_MS + 5, owner_epoch=7)
+    assert not starts_new_epoch(verdict, nameless)
+
+
+def test_a_stored_set_says_no_time(cloud: Cloud) -> None:
+    assert supplied(cloud).boot().signed_ms == 0
+
+
+@pytest.mark.parametrize("name", ["director", "catalogue"])
+def test_each_provisioned_root_must_be_one(cloud: Cloud, name: str) -> None:
+    good, other = cloud.provisioned(), Cloud().provisioned()
+    check_anchors(good)
+    (own,), (foreign,) = getattr(good, name).roots, getattr(other, name).roots
+    signed = json.loads(own)
+    signed["signatures"] = json.loads(foreign)["signatures"]
+    with pytest.raises(SignatureError, match=f"{name} root"):
+        check_anchors(replace(good, **{name: RepositoryBytes(roots=(json.dumps(signed).encode(),))}))  # type: ignore[arg-type]
+    with pytest.raises(MalformedError, match=f"{name} root"):
+        check_anchors(replace(good, **{name: RepositoryBytes()}))  # type: ignore[arg-type]
 
 
 def test_the_first_update_must_bring_everything(cloud: Cloud) -> None:

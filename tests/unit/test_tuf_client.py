@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -128,10 +128,13 @@ def test_a_threshold_that_is_raised_counts_at_once(client: Client) -> None:
     assert client.versions()["snapshot"] == 2
 
 
-def test_one_key_under_two_ids_counts_once(client: Client) -> None:
+@pytest.mark.parametrize(
+    "spelled", [str.lower, str.upper, "{}\n".format], ids=["alike", "capitals", "line-break"]
+)
+def test_one_key_under_two_ids_counts_once(client: Client, spelled: Callable[[str], str]) -> None:
     repository = client.repository
     key = repository.keys[Snapshot.type][0].public_key
-    twin = type(key)("0" * 64, key.keytype, key.scheme, key.keyval)
+    twin = type(key)("0" * 64, key.keytype, key.scheme, {"public": spelled(key.keyval["public"])})
     repository.root.keys[twin.keyid] = twin
     repository.root.roles[Snapshot.type] = Role([key.keyid, twin.keyid], 2)
     repository.next_root()
@@ -297,12 +300,13 @@ def test_stored_metadata_that_expired_still_holds_back_older_versions(client: Cl
 def test_a_file_of_another_version_or_hash_is_refused(client: Client, role: str, hashes: bool) -> None:
     repository = client.repository
     assert client.refresh() == 0
+    signed = {Snapshot.type: repository.snapshot, Targets.type: repository.targets[Targets.type]}[role]
+    signed.unrecognized_fields["note"] = "listed"
     repository.hashes = hashes
     repository.publish(bump=Targets.type)
-    signed = {Snapshot.type: repository.snapshot, Targets.type: repository.targets[Targets.type]}[role]
     number = "2." if repository.root.consistent_snapshot else ""
     if hashes:
-        signed.unrecognized_fields["note"] = "same version, other bytes"
+        signed.unrecognized_fields["note"] = "served"  # as long, so that no limit stops it before
     else:
         signed.version += 1
     repository.files[f"/m/{number}{role}.json"] = repository.sign(signed, repository.keys[role])
@@ -376,8 +380,9 @@ def visited(repository: Repository) -> list[str]:
         ([("targets", "A", "*.py", False), ("targets", "B", "*", False)], "B"),
         ([("targets", "A", "*", False), ("A", "B", "*", False), ("B", "A", "*", False)], "AB"),
         ([("targets", "A", "*", True), ("targets", "B", "*", False), ("A", "C", "*", False)], "AC"),
+        ([*(("targets", role, "*", False) for role in "ABC"), ("A", "B", "*", False)], "ABC"),
     ],
-    ids=["preorder", "terminating-below", "path-mismatch", "cycle", "terminating-on-top"],
+    ids=["preorder", "terminating-below", "path-mismatch", "cycle", "terminating-on-top", "twice"],
 )
 def test_delegations_are_searched_in_preorder(
     client: Client, edges: list[tuple[str, str, str, bool]], order: str

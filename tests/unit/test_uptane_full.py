@@ -11,7 +11,14 @@ from securesystemslib.signer import CryptoSigner
 from support.trust_repo import DAY_MS, NOW_MS, Repository
 from tuf.api.metadata import DelegatedRole, Delegations, MetaFile, TargetFile, Targets
 
-from agent.errors import DisagreementError, ExpiredError, MalformedError, RollbackError, SignatureError
+from agent.errors import (
+    DisagreementError,
+    ExpiredError,
+    LimitError,
+    MalformedError,
+    RollbackError,
+    SignatureError,
+)
 from agent.model import RepositoryBytes
 from agent.trust.uptane import FullVerdict, full_verification
 
@@ -108,7 +115,61 @@ def test_expired_metadata_is_refused(world: World, days: int, what: str) -> None
 
 
 @pytest.mark.parametrize("name", ["director", "image"])
-def test_older_metadata_than_trusted_is_refused_until_keys_are_rotated(world: World, name: str) -> None:
+@pytest.mark.parametrize("part", ["roots", "timestamp", "snapshot", "targets"])
+def test_a_part_that_is_too_long_is_refused_though_it_holds(world: World, name: str, part: str) -> None:
+    files = world.files(name)
+    limit = {"roots": 65_536, "timestamp": 16_384, "snapshot": 65_536, "targets": 524_288}[part]
+
+    def padded(size: int) -> RepositoryBytes:
+        if part == "roots":
+            return replace(files, roots=(files.roots[0].ljust(size),))
+        return replace(files, **{part: getattr(files, part).ljust(size)})
+
+    error = world.judge(**{name: padded(limit + 1)}).error
+    assert isinstance(error, LimitError)
+    assert name in str(error)
+    if part != "snapshot":  # whose length the timestamp names
+        assert PATH in world.judge(**{name: padded(limit)}).targets
+
+
+@pytest.mark.parametrize("name", ["director", "image"])
+def test_a_chain_of_more_than_32_roots_is_refused_though_it_holds(world: World, name: str) -> None:
+    source: Repository = getattr(world, name)
+    while len(source.roots) < 32:
+        source.add_root()
+    assert PATH in world.judge().targets
+    source.add_root()
+    assert isinstance(world.judge().error, LimitError)
+
+
+@pytest.mark.parametrize("name", ["director", "image"])
+def test_older_targets_under_a_newer_snapshot_are_refused(world: World, name: str) -> None:
+    source: Repository = getattr(world, name)
+    older = source.targets_bytes
+    world.publish()
+    trusted = {f"trusted_{name}": world.files(name)}
+    source.edits["snapshot"] = lambda s: s.meta.update({"targets.json": MetaFile(1)})
+    source.publish()
+    source.targets_bytes = older
+    verdict = world.judge(**trusted)
+    assert isinstance(verdict.error, RollbackError)
+    assert f"{name} targets" in verdict.reason
+
+
+@pytest.mark.parametrize("name", ["director", "image"])
+def test_keys_that_were_rotated_before_do_not_undo_what_is_trusted_since(world: World, name: str) -> None:
+    source: Repository = getattr(world, name)
+    source.rotate("timestamp")
+    older = world.files(name)
+    trusted = {f"trusted_{name}": world.files(name)}
+    assert isinstance(world.judge(**trusted, **{name: older}).error, RollbackError)
+
+
+@pytest.mark.parametrize("name", ["director", "image"])
+@pytest.mark.parametrize("role", ["timestamp", "snapshot"])
+def test_older_metadata_than_trusted_is_refused_until_keys_are_rotated(
+    world: World, name: str, role: str
+) -> None:
     trusted = {f"trusted_{name}": world.files(name)}
     source: Repository = getattr(world, name)
     source.timestamp_version = 0
@@ -116,7 +177,8 @@ def test_older_metadata_than_trusted_is_refused_until_keys_are_rotated(world: Wo
     before = replace(world.files(name), timestamp=older)
     newer = {f"trusted_{name}": world.files(name)}
     assert isinstance(world.judge(**newer, **{name: before}).error, RollbackError)
-    source.rotate("timestamp")
+    source.rotate(role)
+    source.publish(1)
     source.timestamp_version = 0
     assert PATH in world.judge(**trusted).targets
 
@@ -134,6 +196,9 @@ Edit = Callable[[World], None]
         (lambda w: w.image.targets.update({PATH: target(**theirs(hardware_ids=["x"]))}), "lists"),
         (lambda w: w.image.targets.update({PATH: target(**theirs(hardware_ids=HARDWARE))}), "lists"),
         (lambda w: w.image.targets.update({PATH: target(**theirs(release_counter=5))}), "release_counter 4"),
+        (lambda w: counted(w, "4", "4"), "release_counter '4'"),
+        (lambda w: counted(w, True, 1), "release_counter True"),
+        (lambda w: counted(w, None, None), "release_counter None"),
         (
             lambda w: w.director.targets.update({"again": target("again", **ours())}),
             "each ECU identifier once",
@@ -159,6 +224,20 @@ def ours(**changed: Any) -> dict[str, Any]:
 
 def theirs(**changed: Any) -> dict[str, Any]:
     return {"hardware_ids": [HARDWARE], "release_counter": 4} | changed
+
+
+def counted(world: World, director: object, image: object) -> None:
+    """List a release counter in each repository."""
+    world.director.targets[PATH] = target(**ours(release_counter=director))
+    world.image.targets[PATH] = target(**theirs(release_counter=image))
+
+
+def test_an_ecu_that_names_no_counter_takes_any_release_from_the_first(world: World) -> None:
+    for counter, error in ((0, None), (-1, RollbackError)):
+        counted(world, counter, counter)
+        world.publish()
+        found = world.judge().error
+        assert (found and type(found)) == error
 
 
 def test_another_hardware_and_an_older_image_are_refused(world: World) -> None:
