@@ -140,6 +140,8 @@ def _keys(kind: type, prefix: str = "") -> dict[str, str]:
             written = "none"
         elif isinstance(default, bool):
             written = f"`{str(default).lower()}`"
+        elif default == ():
+            written = "`[]`"
         else:
             written = f'`"{default}"`' if isinstance(default, str) else f"`{default}`"
         found[prefix + field.name] = written
