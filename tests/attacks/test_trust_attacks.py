@@ -542,6 +542,16 @@ def test_a_catalogue_that_no_longer_lists_the_hardware_is_refused(cloud: Cloud, 
     vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError, match="hardware_id")
 
 
+def test_a_hardware_that_the_feature_file_does_not_name_is_refused_though_both_list_it(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    cloud.director.edits["targets"] = edit_custom(SEAT_FILE, hardware_id="another")
+    cloud.catalogue.edits["targets"] = edit_custom(SEAT_FILE, hardware_ids=["another"])
+    cloud.publish()
+    cloud.publish_catalogue()
+    message = vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError)
+    assert message.startswith(f"{SEAT_FILE}: the director says hardware_id 'another', the catalogue 'openfod")
+
+
 def test_targets_without_custom_metadata_or_hash_are_refused(cloud: Cloud) -> None:
     vehicle = supplied(cloud)
     cloud.director.edits["targets"] = lambda t: t.targets[TOKEN_FILE].unrecognized_fields.clear()
@@ -596,9 +606,13 @@ def test_a_quota_of_a_meter_that_the_feature_lacks_is_refused(cloud: Cloud) -> N
     vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError, "no-such-meter")
 
 
-def test_a_limit_that_no_ecu_could_measure_is_refused(cloud: Cloud) -> None:
+@pytest.mark.parametrize("limit", ["ignition_cycles", "operating_s"])
+def test_a_limit_that_no_ecu_could_measure_is_refused(cloud: Cloud, limit: str) -> None:
     vehicle = supplied(cloud)
-    cloud.grant(LOGBOOK, validity=entitlement_pb2.Validity(ignition_cycles=5))
+    measured: Any = {limit: 5}
+    cloud.grant(SEAT, validity=entitlement_pb2.Validity(**measured))
+    assert getattr(vehicle.take(cloud.answer(vehicle.nonce)).rights.entitlements[SEAT], limit) == 5
+    cloud.grant(LOGBOOK, validity=entitlement_pb2.Validity(**measured))
     vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError, "has no ECU")
 
 
@@ -607,6 +621,14 @@ def test_a_right_to_a_feature_that_is_not_listed_is_refused(cloud: Cloud) -> Non
     cloud.rights[SEAT].feature_id = "massage"
     cloud.publish()
     vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError, match="lists none")
+
+
+def test_a_set_without_entitlements_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    cloud.director.edits["targets"] = lambda targets: targets.targets.pop("entitlements.pb")
+    cloud.publish()
+    del cloud.files["entitlements.pb"]
+    vehicle.refuses(cloud.answer(vehicle.nonce), MalformedError, match="entitlements.pb is not listed")
 
 
 def test_entitlements_of_another_version_are_refused(cloud: Cloud) -> None:
@@ -619,7 +641,8 @@ def test_a_token_for_another_feature_of_the_ecu_is_refused(cloud: Cloud) -> None
     vehicle = supplied(cloud)
     cloud.tokens[SEAT] = make_token(cloud.token_key, feature=2, counter=cloud.counters[SEAT], uid=UID)
     cloud.publish()
-    vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError, match="feature number")
+    message = vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError)
+    assert message.startswith(f"{TOKEN_FILE}: the director says feature number (in its token) 2,")
 
 
 def test_a_token_for_a_feature_that_takes_none_is_refused(cloud: Cloud) -> None:
@@ -628,6 +651,30 @@ def test_a_token_for_a_feature_that_takes_none_is_refused(cloud: Cloud) -> None:
     cloud.tokens[LOGBOOK] = cloud.tokens[SEAT]
     cloud.publish()
     vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError, match="takes a token")
+
+
+def test_a_token_for_a_feature_that_is_not_listed_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    cloud.tokens["massage"] = cloud.tokens[SEAT]
+    cloud.publish()
+    vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError, match="no feature massage")
+
+
+def test_a_token_in_the_place_of_another_ecu_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    elsewhere = TOKEN_FILE.replace("seat-module", "brake-module")
+
+    def move(targets: Any) -> None:
+        targets.targets[elsewhere] = targets.targets.pop(TOKEN_FILE)
+
+    cloud.director.edits["targets"] = move
+    cloud.publish()
+    update = cloud.answer(vehicle.nonce)
+    files = {
+        elsewhere if path == TOKEN_FILE else path: file for path, file in update.director_targets.items()
+    }
+    message = vehicle.refuses(replace(update, director_targets=files), DisagreementError)
+    assert message.startswith(f"{elsewhere}: the director says ecu_identifier 'brake-module'")
 
 
 def test_two_releases_of_one_feature_are_refused(cloud: Cloud) -> None:
@@ -739,6 +786,11 @@ def test_too_many_or_too_large_targets_are_refused_unread(cloud: Cloud) -> None:
     vehicle.refuses(replace(update, director_targets=many), LimitError)
     vehicle.refuses(replace(update, catalogue_targets=many), LimitError)
     vehicle.refuses(replace(update, director_targets={"t": b" " * 65_537}), LimitError)
+    cloud.director.edits["targets"] = lambda targets: targets.targets.update(
+        dict.fromkeys(many, targets.targets["entitlements.pb"])
+    )
+    cloud.publish()
+    vehicle.refuses(cloud.answer(vehicle.nonce), LimitError, match="director targets listed")
     vehicle.refuses(replace(update, director_targets={"t" * 257: b""}), LimitError)
 
 
