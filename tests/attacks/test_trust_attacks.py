@@ -606,9 +606,14 @@ def test_a_quota_of_a_meter_that_the_feature_lacks_is_refused(cloud: Cloud) -> N
     vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError, "no-such-meter")
 
 
-def test_a_limit_that_no_ecu_could_measure_is_refused(cloud: Cloud) -> None:
+@pytest.mark.parametrize("limit", ["ignition_cycles", "operating_s"])
+def test_a_limit_that_no_ecu_could_measure_is_refused(cloud: Cloud, limit: str) -> None:
     vehicle = supplied(cloud)
-    cloud.grant(LOGBOOK, validity=entitlement_pb2.Validity(ignition_cycles=5))
+    measured: Any = {limit: 5}
+    cloud.rights[SEAT].validity.CopyFrom(entitlement_pb2.Validity(**measured))
+    cloud.publish()
+    assert getattr(vehicle.take(cloud.answer(vehicle.nonce)).rights.entitlements[SEAT], limit) == 5
+    cloud.grant(LOGBOOK, validity=entitlement_pb2.Validity(**measured))
     vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError, "has no ECU")
 
 
@@ -617,6 +622,14 @@ def test_a_right_to_a_feature_that_is_not_listed_is_refused(cloud: Cloud) -> Non
     cloud.rights[SEAT].feature_id = "massage"
     cloud.publish()
     vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError, match="lists none")
+
+
+def test_a_set_without_entitlements_is_refused(cloud: Cloud) -> None:
+    vehicle = supplied(cloud)
+    cloud.director.edits["targets"] = lambda targets: targets.targets.pop("entitlements.pb")
+    cloud.publish()
+    del cloud.files["entitlements.pb"]
+    vehicle.refuses(cloud.answer(vehicle.nonce), MalformedError, match="entitlements.pb is not listed")
 
 
 def test_entitlements_of_another_version_are_refused(cloud: Cloud) -> None:
