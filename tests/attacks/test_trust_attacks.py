@@ -610,7 +610,8 @@ def test_a_quota_of_a_meter_that_the_feature_lacks_is_refused(cloud: Cloud) -> N
 def test_a_limit_that_no_ecu_could_measure_is_refused(cloud: Cloud, limit: str) -> None:
     vehicle = supplied(cloud)
     measured: Any = {limit: 5}
-    cloud.grant(SEAT, validity=entitlement_pb2.Validity(**measured))
+    cloud.rights[SEAT].validity.CopyFrom(entitlement_pb2.Validity(**measured))
+    cloud.publish()
     assert getattr(vehicle.take(cloud.answer(vehicle.nonce)).rights.entitlements[SEAT], limit) == 5
     cloud.grant(LOGBOOK, validity=entitlement_pb2.Validity(**measured))
     vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError, "has no ECU")
