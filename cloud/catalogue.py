@@ -140,6 +140,12 @@ def needs_fresh(catalogue: Catalogue, keys: OnlineKeys, previous: Fresh | None, 
     return previous.expires_ms - now_ms < FRESH_RENEW_BELOW // timedelta(milliseconds=1)
 
 
+def _whole(value: object) -> int:
+    if type(value) is not int:
+        raise TypeError(f"expected a whole number, found {value!r}")
+    return value
+
+
 def _release(path: str, content: bytes) -> Release:
     try:
         document = tomli.loads(content.decode())
@@ -148,15 +154,15 @@ def _release(path: str, content: bytes) -> Release:
             path=path,
             content=content,
             feature_id=str(feature["id"]),
-            release=int(feature["release"]),
+            release=_whole(feature["release"]),
             title=str(feature["title"]),
             ecu_identifier=str(ecu["identifier"]),
             hardware_id=str(ecu["hardware_id"]),
-            feature_number=int(actuator["feature_number"]) if actuator["kind"] == "token" else 0,
+            feature_number=_whole(actuator["feature_number"]) if actuator["kind"] == "token" else 0,
             withdrawn=feature["withdrawn"] is True,
             meters={str(m["id"]): str(m["kind"]) for m in document.get("meters", [])},
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StartError(f"{path}: not a feature file: {error!r}") from error
     if path != f"features/{release.feature_id}/{release.release}.toml":
         raise StartError(f"{path}: holds feature {release.feature_id} release {release.release}")

@@ -220,6 +220,8 @@ def _consistent(statements: list[_Statement], path: Path, skipped: list[Skipped]
 
 def _sound(statements: list[_Statement], path: Path, skipped: list[Skipped]) -> list[_Statement]:
     """Finds the statements that parse, by halving; those that do not go to `skipped`."""
+    if not statements:
+        return []
     try:
         _load(_joined(statements), path, "dbc")
     except DatabaseError as error:
