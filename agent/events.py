@@ -4,7 +4,7 @@ Pure values. Commands that must survive a power cut carry a number; the loop
 answers each with Persisted(number) once it is on disk, so that "persist
 before acting" can be read in the engine.
 
-Most are named tuples: a class of them is made in a tenth of the time, and a start
+Most are named tuples: a class of them is made in an eighth of the time, and a start
 makes all of them before the first frame. Two of different kinds are never compared.
 """
 
