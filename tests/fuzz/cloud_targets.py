@@ -90,9 +90,13 @@ class RunningCloud:
         """Runs a coroutine in the cloud's loop."""
         return asyncio.run_coroutine_threadsafe(story, self._loop).result(30)
 
+    def new_vin(self) -> str:
+        """A VIN that this cloud has not heard yet."""
+        return f"WFDSEAT10N1{next(self._vins):06d}"
+
     def new_claim(self) -> vehicle_service_pb2.EnrollRequest:
         """A genuine request of a vehicle that has not enrolled yet."""
-        vin = f"WFDSEAT10N1{next(self._vins):06d}"
+        vin = self.new_vin()
         claim = self.wait(self.world.add_vehicle(vin)).claim_token
         key = ec.generate_private_key(ec.SECP256R1())
         return vehicle_service_pb2.EnrollRequest(vin=vin, claim_token=claim, csr_der=cloud_world.csr(key))
@@ -176,13 +180,15 @@ CALLS = sorted(m.name for m in SERVICE.methods if not m.server_streaming)
 
 def operations() -> Iterator[bytes]:
     """Requests of an operator, behind the number of their call."""
-    pb = operator_service_pb2
+    pb, here = operator_service_pb2, running()
+    vin = here.new_vin()
+    here.wait(here.world.add_vehicle(vin))
     said: dict[str, Any] = {
-        "CreateVehicle": pb.CreateVehicleRequest(vin="WFDSEAT10N0000009", request_id=str(uuid.uuid4())),
+        "CreateVehicle": pb.CreateVehicleRequest(vin=here.new_vin(), request_id=str(uuid.uuid4())),
         "ListVehicles": pb.ListVehiclesRequest(),
-        "ListEntitlements": pb.ListEntitlementsRequest(vin=cloud_world.VIN),
+        "ListEntitlements": pb.ListEntitlementsRequest(vin=vin),
         "GrantEntitlement": pb.GrantEntitlementRequest(
-            vin=cloud_world.VIN,
+            vin=vin,
             plan_id="logbook-per-km",
             account=cloud_world.ACCOUNT,
             request_id=str(uuid.uuid4()),

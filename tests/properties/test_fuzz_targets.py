@@ -71,9 +71,10 @@ def damaged(draw: st.DrawFn, name: str) -> bytes:
 @pytest.mark.parametrize("name", sorted(TARGETS))
 def test_genuine_inputs_are_taken(name: str) -> None:
     target = TARGETS[name]
-    seeds = list(target.seeds())
-    assert seeds
-    assert [target.run(seed) for seed in seeds] == [True] * len(seeds)
+    for _ in range(2):  # whatever was run before, here or by another test, left them genuine
+        seeds = list(target.seeds())
+        assert seeds
+        assert [target.run(seed) for seed in seeds] == [True] * len(seeds)
 
 
 @pytest.mark.parametrize("name", sorted(TARGETS))
