@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -217,14 +218,13 @@ def _run(config: AgentConfig, _arguments: argparse.Namespace) -> int:
 
     # Frames gather while the rest, which takes most of a start, is loaded.
     buses = Buses(config)
-    buses.open()
-    try:
+    with contextlib.ExitStack() as unless_ready:
+        unless_ready.callback(buses.close)
+        buses.open()
         from agent.app import App
 
         app = App(config, buses=buses)
-    except BaseException:
-        buses.close()
-        raise
+        unless_ready.pop_all()
     return app.run()
 
 

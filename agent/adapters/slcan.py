@@ -141,18 +141,18 @@ class SlcanBus:
         self._departure.register(self._fd, select.POLLOUT)
         for poll in (self._arrival, self._waking):
             poll.register(self._wake, select.POLLIN)
-        try:
-            self._greet()
-            for command, problem in commands:
-                if self._command(command) is False:
-                    raise BusLostError(f"{channel}: {problem}")
-            self._open_channel()
-        except OSError as error:
-            self._close_port()
-            raise BusLostError(f"{channel}: lost while it was opened: {error.strerror or error}") from error
-        except BaseException:
-            self._close_port()
-            raise
+        with contextlib.ExitStack() as unless_open:
+            unless_open.callback(self._close_port)
+            try:
+                self._greet()
+                for command, problem in commands:
+                    if self._command(command) is False:
+                        raise BusLostError(f"{channel}: {problem}")
+                self._open_channel()
+            except OSError as error:
+                reason = error.strerror or str(error)
+                raise BusLostError(f"{channel}: lost while it was opened: {reason}") from error
+            unless_open.pop_all()
 
     # --- opening -------------------------------------------------------------
 

@@ -229,47 +229,79 @@ def test_only_the_last_receipt_of_the_former_owner_stays(journal: Journal) -> No
     assert journal.store._read("SELECT through_seq FROM receipt") == [(3,)]
 
 
-def test_the_running_agent_shows_nothing_of_the_former_owner(tmp_path: Path) -> None:
-    del tmp_path
+FIRST, SECOND = entitlement(1), replace(entitlement(2), account=NEW_ACCOUNT)
+
+
+def heated(speed_kmh: float = 0.0) -> World:
+    """A vehicle whose seat has been warm for half a minute under the first owner's right."""
     world = World()
     world.boot()
-    world.cloud.grant(entitlement(1))
+    world.cloud.grant(FIRST)
     world.push()
-    world.run_ms(30_000)
+    world.run_ms(10_000)
+    world.speed_kmh = speed_kmh
+    world.run_ms(20_000)
     assert world.engine is not None
-    assert world.engine.status(world.now_ms * MS)["usage"]
-    later = replace(entitlement(2), account=NEW_ACCOUNT)
-    version = world.cloud.version + 1
-    old = world.cloud.rights[world.cloud.version]
-    world.cloud.rights[version] = replace(
-        old, version=version, entitlements={later.feature_id: later}, owner_epoch=2
-    )
-    world.cloud.version = version
-    world.engine._owner_epoch = 1
-    world.push()
-    world.run_ms(3_000)
-    status = json.dumps(world.engine.status(world.now_ms * MS))
-    assert later.entitlement_id in status
-    assert entitlement(1).entitlement_id not in status
+    assert FIRST.entitlement_id in shown(world)
+    return world
 
 
-def test_a_window_that_never_ends_is_declared_at_the_sale(tmp_path: Path) -> None:
-    del tmp_path
-    world = World()
-    world.boot()
-    world.cloud.grant(entitlement(1))
+def shown(world: World) -> str:
+    """All that the agent shows, and what of it the next start would find."""
+    assert world.engine is not None
+    return json.dumps(world.engine.status(world.now_ms * MS)) + str(world.disk.used) + str(world.disk.log)
+
+
+def records_of(world: World, entitlement_id: str) -> list[usage_pb2.UsageRecord]:
+    found = (usage_pb2.UsageRecord.FromString(r.content) for r in world.disk.records.values())
+    return [record for record in found if record.entitlement_id == entitlement_id]
+
+
+def test_the_running_agent_shows_nothing_of_the_former_owner() -> None:
+    world = heated()
+    world.cloud.sell(SECOND)
     world.push()
-    world.run_ms(30_000)
+    world.run_ms(5_000)
+    assert SECOND.entitlement_id in shown(world)
+    assert FIRST.entitlement_id not in shown(world)
+    assert world.violations == []
+
+
+def test_a_feature_that_is_held_through_the_sale_is_metered_for_the_former_owner_and_not_shown() -> None:
+    world = heated(speed_kmh=50.0)
+    before_ms = sum(r.value for r in records_of(world, FIRST.entitlement_id) if r.meter_id == "active-time")
+    world.cloud.sell(None)
+    world.push()
+    world.run_ms(20_000)
+    assert world.state() == "HELD"
+    assert world.heating
+    assert FIRST.entitlement_id not in shown(world)
+    world.speed_kmh = 0.0
+    world.run_ms(20_000)
+    assert world.state() == "LOCKED"
+    used = [r for r in records_of(world, FIRST.entitlement_id) if r.meter_id == "active-time"]
+    billed, gap = sum(r.value for r in used), sum(r.gap for r in used)
+    assert billed > before_ms
+    assert billed <= world.truth.heated_ms <= billed + gap
+    assert FIRST.entitlement_id not in shown(world)
+    assert world.violations == []
+
+
+def test_a_window_whose_end_nobody_will_ever_see_is_declared_at_the_sale() -> None:
+    world = heated()
     world.kill()
     world.ecu.silent = True
     world.boot()
-    assert world.disk.windows
-    assert world.engine is not None
-    world.engine._ledger.give_up_waiting(NOW, of=frozenset({entitlement(1).entitlement_id}))
-    assert world.engine._ledger._recovered == []
-    last = usage_pb2.UsageRecord.FromString(world.engine._ledger.unsaved[-1].content)
+    world.run_ms(5_000)
+    assert any(w.entitlement_id == FIRST.entitlement_id for w in world.disk.windows)
+    world.cloud.sell(None)
+    world.push()
+    world.run_ms(5_000)
+    assert not any(w.entitlement_id == FIRST.entitlement_id for w in world.disk.windows)
+    last = records_of(world, FIRST.entitlement_id)[-1]
     assert (last.value, last.gap_unbounded) == (0, True)
     assert last.gap_reason == usage_pb2.GAP_REASON_AGENT_DOWN
+    assert world.violations == []
 
 
 def test_without_a_key_nothing_is_sealed_and_nothing_is_lost(journal: Journal) -> None:

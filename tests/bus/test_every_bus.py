@@ -6,13 +6,13 @@ import errno
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.bus_wires import EFF, RTR, Station, own_interface, wire
-from support.signals_bus import Listener, wait_until
+from support.signals_bus import Listener, running_bus, wait_until
 
 from agent.adapters import socketcan
 from agent.adapters.bus import RawFrame
@@ -51,26 +51,9 @@ def _station(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         yield made
 
 
-@contextmanager
-def running(station: Station, **options: Any) -> Iterator[tuple[CanBus, Listener]]:
-    """A bus on the station's wire, up."""
-    listener = Listener()
-    options.setdefault("listen_only", False)
-    bus = CanBus(
-        "body",
-        on_frames=listener.on_frames,
-        on_state=listener.on_state,
-        on_dropped=listener.on_dropped,
-        uniform=lambda low, _high: low + 0.01,
-        **station.options,
-        **options,
-    )
-    bus.open()
-    try:
-        wait_until(listener.saw(BusState.UP))
-        yield bus, listener
-    finally:
-        bus.close()
+def running(station: Station, **options: Any) -> AbstractContextManager[tuple[CanBus, Listener]]:
+    """A bus on the station's wire, up; it may send."""
+    return running_bus(**{"listen_only": False, **station.options, **options})
 
 
 def heard(listener: Listener, count: int) -> list[RawFrame]:

@@ -9,7 +9,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from support.bus_wires import (
     own_interface,
     wire,
 )
-from support.signals_bus import Listener, wait_until
+from support.signals_bus import Listener, running_bus, wait_until
 
 from agent.adapters import socketcan
 from agent.adapters.bus import BusLostError, RawFrame
@@ -62,25 +62,8 @@ def opened(channel: str, **options: Any) -> Iterator[SocketcanBus]:
         bus.close()
 
 
-@contextmanager
-def running(channel: str, **options: Any) -> Iterator[tuple[CanBus, Listener]]:
-    listener = Listener()
-    bus = CanBus(
-        "body",
-        "socketcan",
-        channel,
-        on_frames=listener.on_frames,
-        on_state=listener.on_state,
-        on_dropped=listener.on_dropped,
-        uniform=lambda low, _high: low + 0.01,
-        **options,
-    )
-    bus.open()
-    try:
-        wait_until(listener.saw(BusState.UP))
-        yield bus, listener
-    finally:
-        bus.close()
+def running(channel: str, **options: Any) -> AbstractContextManager[tuple[CanBus, Listener]]:
+    return running_bus(interface="socketcan", channel=channel, **options)
 
 
 def states(listener: Listener) -> list[BusState]:

@@ -132,7 +132,7 @@ class Cloud:
     """Rights by version, and the usage that it took, once and for ever."""
 
     def __init__(self) -> None:
-        self.version = 1
+        self.version = self.owner_epoch = 1
         self.rights = {1: Rights(version=1)}
         self.counter = 0
         self.taken: dict[int, bytes] = {}
@@ -150,11 +150,19 @@ class Cloud:
         self.counter += 1
         self._publish({}, token(self.counter, allows=False))
 
+    def sell(self, right: Entitlement | None) -> None:
+        """The vehicle has a new owner, with a right of their own or without any."""
+        self.owner_epoch += 1
+        if right is None:
+            self.revoke()
+        else:
+            self.grant(right)
+
     def _publish(self, rights: dict[str, Entitlement], feature_token: Token) -> None:
         self.version += 1
-        spec = catalogue_feature()
+        spec, tokens = catalogue_feature(), {catalogue_feature().feature_id: feature_token}
         self.rights[self.version] = Rights(
-            self.version, rights, {spec.feature_id: spec}, {spec.feature_id: feature_token}
+            self.version, rights, {spec.feature_id: spec}, tokens, owner_epoch=self.owner_epoch
         )
 
     def take(self, records: list[bytes]) -> int | None:
@@ -278,6 +286,7 @@ class World:
                 used=disk.used,
                 last_contact_ms=disk.contact_ms,
                 log_head=verify_chain(disk.log),
+                owner_epoch=disk.verdict.rights.owner_epoch if disk.verdict else 0,
             )
         )
         if self.online:

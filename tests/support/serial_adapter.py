@@ -10,6 +10,8 @@ import time
 import tty
 from collections.abc import Callable, Iterator, Sequence
 
+from support.sim_hub import wait_for
+
 from agent.adapters.bus import BusLostError, RawFrame
 from agent.adapters.slcan import SlcanBus
 
@@ -128,14 +130,6 @@ def opened(
         yield bus
     finally:
         bus.close()
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Waits until something is so, or fails."""
-    ends_s = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < ends_s, "waited in vain"
-        time.sleep(0.002)
 
 
 def read(bus: SlcanBus, number: int) -> list[RawFrame]:

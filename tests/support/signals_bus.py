@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from agent.adapters.bus import RawFrame
-from agent.adapters.can_bus import BusState
+from agent.adapters.can_bus import BusState, CanBus
 
 DEADLINE_S = 5.0
 
@@ -18,6 +20,26 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end_s, "nothing happened within the deadline"
         time.sleep(0.001)
+
+
+@contextmanager
+def running_bus(**options: Any) -> Iterator[tuple[CanBus, Listener]]:
+    """A bus that is up, and what hears it; reopened at once when it is lost."""
+    listener = Listener()
+    bus = CanBus(
+        "body",
+        on_frames=listener.on_frames,
+        on_state=listener.on_state,
+        on_dropped=listener.on_dropped,
+        uniform=lambda low, _high: low + 0.01,
+        **options,
+    )
+    bus.open()
+    try:
+        wait_until(listener.saw(BusState.UP))
+        yield bus, listener
+    finally:
+        bus.close()
 
 
 class Listener:

@@ -18,9 +18,9 @@ from support.serial_adapter import (
     read,
     read_until_lost,
     silent_canable,
-    wait_for,
     weact,
 )
+from support.sim_hub import wait_for
 
 from agent.adapters import slcan
 from agent.adapters.bus import CAN_EFF_FLAG, CAN_ERR_FLAG, BusLostError
