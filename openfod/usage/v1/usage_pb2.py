@@ -24,29 +24,35 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1copenfod/usage/v1/usage.proto\x12\x10openfod.usage.v1\"(\n\tDimension\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\"\xc8\x03\n\x0bUsageRecord\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0f\n\x07subject\x18\x03 \x01(\t\x12\x12\n\nfeature_id\x18\x04 \x01(\t\x12\x10\n\x08meter_id\x18\x05 \x01(\t\x12\r\n\x05value\x18\x06 \x01(\x04\x12$\n\x04unit\x18\x07 \x01(\x0e\x32\x16.openfod.usage.v1.Unit\x12/\n\ndimensions\x18\x08 \x03(\x0b\x32\x1b.openfod.usage.v1.Dimension\x12\x16\n\x0e\x65ntitlement_id\x18\t \x01(\t\x12\x17\n\x0fwindow_start_ms\x18\n \x01(\x03\x12\x15\n\rwindow_end_ms\x18\x0b \x01(\x03\x12\x0b\n\x03seq\x18\x0c \x01(\x04\x12\x11\n\tprev_hash\x18\r \x01(\x0c\x12\x31\n\x0b\x63lock_trust\x18\x0e \x01(\x0e\x32\x1c.openfod.usage.v1.ClockTrust\x12\x0b\n\x03gap\x18\x0f \x01(\x04\x12/\n\ngap_reason\x18\x10 \x01(\x0e\x32\x1b.openfod.usage.v1.GapReason\x12\x15\n\rgap_unbounded\x18\x11 \x01(\x08\x12\x10\n\x08trace_id\x18\x12 \x01(\t\"Q\n\nUsageBatch\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x12\n\njournal_id\x18\x02 \x01(\t\x12\x0f\n\x07records\x18\x03 \x03(\x0c\x12\x0e\n\x06sealed\x18\x04 \x03(\r\"4\n\x10SignedUsageBatch\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\x82\x01\n\x0cUsageReceipt\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x12\n\njournal_id\x18\x02 \x01(\t\x12\x13\n\x0bthrough_seq\x18\x03 \x01(\x04\x12\x11\n\thead_hash\x18\x04 \x01(\x0c\x12\x11\n\tstored_ms\x18\x05 \x01(\x03\x12\x13\n\x0b\x61rchive_key\x18\x06 \x01(\x0c\"8\n\x12SignedUsageReceipt\x12\x0f\n\x07receipt\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c*i\n\x04Unit\x12\x14\n\x10UNIT_UNSPECIFIED\x10\x00\x12\x14\n\x10UNIT_MILLISECOND\x10\x01\x12\x0e\n\nUNIT_METRE\x10\x02\x12\x17\n\x13UNIT_MILLIWATT_HOUR\x10\x03\x12\x0c\n\x08UNIT_ONE\x10\x04*W\n\nClockTrust\x12\x1b\n\x17\x43LOCK_TRUST_UNSPECIFIED\x10\x00\x12\x16\n\x12\x43LOCK_TRUST_SIGNED\x10\x01\x12\x14\n\x10\x43LOCK_TRUST_WEAK\x10\x02*\x82\x01\n\tGapReason\x12\x1a\n\x16GAP_REASON_UNSPECIFIED\x10\x00\x12\x13\n\x0fGAP_REASON_EDGE\x10\x01\x12\x19\n\x15GAP_REASON_AGENT_DOWN\x10\x02\x12\x15\n\x11GAP_REASON_SIGNAL\x10\x03\x12\x12\n\x0eGAP_REASON_BUS\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1copenfod/usage/v1/usage.proto\x12\x10openfod.usage.v1\"Z\n\rMergedWindows\x12\x11\n\tfirst_seq\x18\x01 \x01(\x04\x12\x10\n\x08last_seq\x18\x02 \x01(\x04\x12\x13\n\x0b\x62\x65\x66ore_hash\x18\x03 \x01(\x0c\x12\x0f\n\x07records\x18\x04 \x01(\r\"(\n\tDimension\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\"\x8e\x04\n\x0bUsageRecord\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0f\n\x07subject\x18\x03 \x01(\t\x12\x12\n\nfeature_id\x18\x04 \x01(\t\x12\x10\n\x08meter_id\x18\x05 \x01(\t\x12\r\n\x05value\x18\x06 \x01(\x04\x12$\n\x04unit\x18\x07 \x01(\x0e\x32\x16.openfod.usage.v1.Unit\x12/\n\ndimensions\x18\x08 \x03(\x0b\x32\x1b.openfod.usage.v1.Dimension\x12\x16\n\x0e\x65ntitlement_id\x18\t \x01(\t\x12\x17\n\x0fwindow_start_ms\x18\n \x01(\x03\x12\x15\n\rwindow_end_ms\x18\x0b \x01(\x03\x12\x0b\n\x03seq\x18\x0c \x01(\x04\x12\x11\n\tprev_hash\x18\r \x01(\x0c\x12\x31\n\x0b\x63lock_trust\x18\x0e \x01(\x0e\x32\x1c.openfod.usage.v1.ClockTrust\x12\x0b\n\x03gap\x18\x0f \x01(\x04\x12/\n\ngap_reason\x18\x10 \x01(\x0e\x32\x1b.openfod.usage.v1.GapReason\x12\x15\n\rgap_unbounded\x18\x11 \x01(\x08\x12\x10\n\x08trace_id\x18\x12 \x01(\t\x12/\n\x06merged\x18\x13 \x01(\x0b\x32\x1f.openfod.usage.v1.MergedWindows\x12\x13\n\x0b\x65\x63u_reading\x18\x14 \x01(\x0c\"Q\n\nUsageBatch\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x12\n\njournal_id\x18\x02 \x01(\t\x12\x0f\n\x07records\x18\x03 \x03(\x0c\x12\x0e\n\x06sealed\x18\x04 \x03(\r\"4\n\x10SignedUsageBatch\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\x82\x01\n\x0cUsageReceipt\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x12\n\njournal_id\x18\x02 \x01(\t\x12\x13\n\x0bthrough_seq\x18\x03 \x01(\x04\x12\x11\n\thead_hash\x18\x04 \x01(\x0c\x12\x11\n\tstored_ms\x18\x05 \x01(\x03\x12\x13\n\x0b\x61rchive_key\x18\x06 \x01(\x0c\"8\n\x12SignedUsageReceipt\x12\x0f\n\x07receipt\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\x81\x01\n\x0eJournalRestart\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x12\n\njournal_id\x18\x02 \x01(\t\x12\x10\n\x08\x66ork_seq\x18\x03 \x01(\x04\x12\x10\n\x08head_seq\x18\x04 \x01(\x04\x12\x11\n\thead_hash\x18\x05 \x01(\x0c\x12\x14\n\x0c\x63onfirmed_ms\x18\x06 \x01(\x03\":\n\x14SignedJournalRestart\x12\x0f\n\x07restart\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c*i\n\x04Unit\x12\x14\n\x10UNIT_UNSPECIFIED\x10\x00\x12\x14\n\x10UNIT_MILLISECOND\x10\x01\x12\x0e\n\nUNIT_METRE\x10\x02\x12\x17\n\x13UNIT_MILLIWATT_HOUR\x10\x03\x12\x0c\n\x08UNIT_ONE\x10\x04*W\n\nClockTrust\x12\x1b\n\x17\x43LOCK_TRUST_UNSPECIFIED\x10\x00\x12\x16\n\x12\x43LOCK_TRUST_SIGNED\x10\x01\x12\x14\n\x10\x43LOCK_TRUST_WEAK\x10\x02*\xb2\x01\n\tGapReason\x12\x1a\n\x16GAP_REASON_UNSPECIFIED\x10\x00\x12\x13\n\x0fGAP_REASON_EDGE\x10\x01\x12\x19\n\x15GAP_REASON_AGENT_DOWN\x10\x02\x12\x15\n\x11GAP_REASON_SIGNAL\x10\x03\x12\x12\n\x0eGAP_REASON_BUS\x10\x04\x12\x16\n\x12GAP_REASON_JOURNAL\x10\x05\x12\x16\n\x12GAP_REASON_COUNTER\x10\x06\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'openfod.usage.v1.usage_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_UNIT']._serialized_start=879
-  _globals['_UNIT']._serialized_end=984
-  _globals['_CLOCKTRUST']._serialized_start=986
-  _globals['_CLOCKTRUST']._serialized_end=1073
-  _globals['_GAPREASON']._serialized_start=1076
-  _globals['_GAPREASON']._serialized_end=1206
-  _globals['_DIMENSION']._serialized_start=50
-  _globals['_DIMENSION']._serialized_end=90
-  _globals['_USAGERECORD']._serialized_start=93
-  _globals['_USAGERECORD']._serialized_end=549
-  _globals['_USAGEBATCH']._serialized_start=551
-  _globals['_USAGEBATCH']._serialized_end=632
-  _globals['_SIGNEDUSAGEBATCH']._serialized_start=634
-  _globals['_SIGNEDUSAGEBATCH']._serialized_end=686
-  _globals['_USAGERECEIPT']._serialized_start=689
-  _globals['_USAGERECEIPT']._serialized_end=819
-  _globals['_SIGNEDUSAGERECEIPT']._serialized_start=821
-  _globals['_SIGNEDUSAGERECEIPT']._serialized_end=877
+  _globals['_UNIT']._serialized_start=1233
+  _globals['_UNIT']._serialized_end=1338
+  _globals['_CLOCKTRUST']._serialized_start=1340
+  _globals['_CLOCKTRUST']._serialized_end=1427
+  _globals['_GAPREASON']._serialized_start=1430
+  _globals['_GAPREASON']._serialized_end=1608
+  _globals['_MERGEDWINDOWS']._serialized_start=50
+  _globals['_MERGEDWINDOWS']._serialized_end=140
+  _globals['_DIMENSION']._serialized_start=142
+  _globals['_DIMENSION']._serialized_end=182
+  _globals['_USAGERECORD']._serialized_start=185
+  _globals['_USAGERECORD']._serialized_end=711
+  _globals['_USAGEBATCH']._serialized_start=713
+  _globals['_USAGEBATCH']._serialized_end=794
+  _globals['_SIGNEDUSAGEBATCH']._serialized_start=796
+  _globals['_SIGNEDUSAGEBATCH']._serialized_end=848
+  _globals['_USAGERECEIPT']._serialized_start=851
+  _globals['_USAGERECEIPT']._serialized_end=981
+  _globals['_SIGNEDUSAGERECEIPT']._serialized_start=983
+  _globals['_SIGNEDUSAGERECEIPT']._serialized_end=1039
+  _globals['_JOURNALRESTART']._serialized_start=1042
+  _globals['_JOURNALRESTART']._serialized_end=1171
+  _globals['_SIGNEDJOURNALRESTART']._serialized_start=1173
+  _globals['_SIGNEDJOURNALRESTART']._serialized_end=1231
 # @@protoc_insertion_point(module_scope)

@@ -93,6 +93,10 @@ class _GapReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GapReason.V
     """A signal was stale, implausible or failed its check."""
     GAP_REASON_BUS: _GapReason.ValueType  # 4
     """The bus was lost or frames were dropped."""
+    GAP_REASON_JOURNAL: _GapReason.ValueType  # 5
+    """The journal could not be written: the disk was full, read-only or damaged."""
+    GAP_REASON_COUNTER: _GapReason.ValueType  # 6
+    """A counter or an odometer went back, overflowed or was replaced."""
 
 class GapReason(_GapReason, metaclass=_GapReasonEnumTypeWrapper):
     """Why a record declares a gap."""
@@ -107,7 +111,52 @@ GAP_REASON_SIGNAL: GapReason.ValueType  # 3
 """A signal was stale, implausible or failed its check."""
 GAP_REASON_BUS: GapReason.ValueType  # 4
 """The bus was lost or frames were dropped."""
+GAP_REASON_JOURNAL: GapReason.ValueType  # 5
+"""The journal could not be written: the disk was full, read-only or damaged."""
+GAP_REASON_COUNTER: GapReason.ValueType  # 6
+"""A counter or an odometer went back, overflowed or was replaced."""
 Global___GapReason: _TypeAlias = GapReason  # noqa: Y015
+
+@_typing.final
+class MergedWindows(_message.Message):
+    """The windows that a record stands for, because the journal was full: they
+    were never sent, and are removed in the commit that appends it. Sums are
+    theirs, to the unit; only their resolution is lost.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_SEQ_FIELD_NUMBER: _builtins.int
+    LAST_SEQ_FIELD_NUMBER: _builtins.int
+    BEFORE_HASH_FIELD_NUMBER: _builtins.int
+    RECORDS_FIELD_NUMBER: _builtins.int
+    first_seq: _builtins.int
+    """Position of the first record that was removed; signed."""
+    last_seq: _builtins.int
+    """Position of the last one; the first record of a merge stands right behind
+    it and names its hash as prev_hash; signed.
+    """
+    before_hash: _builtins.bytes
+    """SHA-256 of the record before first_seq, 32 zero bytes if first_seq is 1;
+    signed.
+    """
+    records: _builtins.int
+    """Records that are summed up in this one; signed."""
+    def __init__(
+        self,
+        *,
+        first_seq: _builtins.int = ...,
+        last_seq: _builtins.int = ...,
+        before_hash: _builtins.bytes = ...,
+        records: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["before_hash", b"before_hash", "first_seq", b"first_seq", "last_seq", b"last_seq", "records", b"records"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MergedWindows: _TypeAlias = MergedWindows  # noqa: Y015
 
 @_typing.final
 class Dimension(_message.Message):
@@ -163,6 +212,8 @@ class UsageRecord(_message.Message):
     GAP_REASON_FIELD_NUMBER: _builtins.int
     GAP_UNBOUNDED_FIELD_NUMBER: _builtins.int
     TRACE_ID_FIELD_NUMBER: _builtins.int
+    MERGED_FIELD_NUMBER: _builtins.int
+    ECU_READING_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """CloudEvents id, "JOURNAL/SEQ": stable across retries, at most 100
     characters; set by the agent; signed.
@@ -190,7 +241,9 @@ class UsageRecord(_message.Message):
     seq: _builtins.int
     """Position in the journal, from 1 without holes; signed."""
     prev_hash: _builtins.bytes
-    """SHA-256 of the record before this one; 32 zero bytes for seq 1; signed."""
+    """SHA-256 of the record before this one; signed. For seq 1: 32 zero bytes,
+    or head_hash of the JournalRestart that began this journal.
+    """
     clock_trust: Global___ClockTrust.ValueType
     """How well the times are known; signed."""
     gap: _builtins.int
@@ -205,9 +258,19 @@ class UsageRecord(_message.Message):
     """W3C trace-context trace-id of this metering session, 32 lower-case hex
     digits; follows the use from its first frame to the invoice line; signed.
     """
+    ecu_reading: _builtins.bytes
+    """What the ECU itself says that it has counted, COSE_Sign1 by the ECU's key
+    (docs/token.md), at most 512 bytes; empty if it signs nothing; signed.
+    """
     @_builtins.property
     def dimensions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Dimension]:
         """Dimensions, sorted by name; signed."""
+
+    @_builtins.property
+    def merged(self) -> Global___MergedWindows:
+        """Set if this record stands for windows that were removed; all records of
+        one merge name the same range; signed.
+        """
 
     def __init__(
         self,
@@ -230,10 +293,12 @@ class UsageRecord(_message.Message):
         gap_reason: Global___GapReason.ValueType = ...,
         gap_unbounded: _builtins.bool = ...,
         trace_id: _builtins.str = ...,
+        merged: Global___MergedWindows | None = ...,
+        ecu_reading: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["merged", b"merged"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clock_trust", b"clock_trust", "dimensions", b"dimensions", "entitlement_id", b"entitlement_id", "feature_id", b"feature_id", "gap", b"gap", "gap_reason", b"gap_reason", "gap_unbounded", b"gap_unbounded", "id", b"id", "meter_id", b"meter_id", "prev_hash", b"prev_hash", "seq", b"seq", "source", b"source", "subject", b"subject", "trace_id", b"trace_id", "unit", b"unit", "value", b"value", "window_end_ms", b"window_end_ms", "window_start_ms", b"window_start_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clock_trust", b"clock_trust", "dimensions", b"dimensions", "ecu_reading", b"ecu_reading", "entitlement_id", b"entitlement_id", "feature_id", b"feature_id", "gap", b"gap", "gap_reason", b"gap_reason", "gap_unbounded", b"gap_unbounded", "id", b"id", "merged", b"merged", "meter_id", b"meter_id", "prev_hash", b"prev_hash", "seq", b"seq", "source", b"source", "subject", b"subject", "trace_id", b"trace_id", "unit", b"unit", "value", b"value", "window_end_ms", b"window_end_ms", "window_start_ms", b"window_start_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -386,3 +451,80 @@ class SignedUsageReceipt(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SignedUsageReceipt: _TypeAlias = SignedUsageReceipt  # noqa: Y015
+
+@_typing.final
+class JournalRestart(_message.Message):
+    """An operator's word that a vehicle was honestly restored from an older image:
+    its journal has two continuations, and goes on in a new one.
+
+    The vehicle moves its own records from fork_seq on into a new journal, whose
+    first record names head_hash. What the cloud holds of the old journal stands.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    JOURNAL_ID_FIELD_NUMBER: _builtins.int
+    FORK_SEQ_FIELD_NUMBER: _builtins.int
+    HEAD_SEQ_FIELD_NUMBER: _builtins.int
+    HEAD_HASH_FIELD_NUMBER: _builtins.int
+    CONFIRMED_MS_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    """The vehicle's pseudonym; set by the cloud; signed."""
+    journal_id: _builtins.str
+    """The journal that ends; signed."""
+    fork_seq: _builtins.int
+    """First position at which cloud and vehicle hold different records, or at
+    which the vehicle holds none; signed.
+    """
+    head_seq: _builtins.int
+    """Where the cloud's journal ends; signed."""
+    head_hash: _builtins.bytes
+    """SHA-256 of the cloud's record at head_seq; signed."""
+    confirmed_ms: _builtins.int
+    """When the operator confirmed it, Unix milliseconds; signed."""
+    def __init__(
+        self,
+        *,
+        source: _builtins.str = ...,
+        journal_id: _builtins.str = ...,
+        fork_seq: _builtins.int = ...,
+        head_seq: _builtins.int = ...,
+        head_hash: _builtins.bytes = ...,
+        confirmed_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confirmed_ms", b"confirmed_ms", "fork_seq", b"fork_seq", "head_hash", b"head_hash", "head_seq", b"head_seq", "journal_id", b"journal_id", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JournalRestart: _TypeAlias = JournalRestart  # noqa: Y015
+
+@_typing.final
+class SignedJournalRestart(_message.Message):
+    """A restart as it travels."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESTART_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    restart: _builtins.bytes
+    """Serialised JournalRestart, verified as received."""
+    signature: _builtins.bytes
+    """Ed25519 by the receipt key over the ASCII text
+    "openfod.usage.restart.v1" followed by a zero byte and restart.
+    """
+    def __init__(
+        self,
+        *,
+        restart: _builtins.bytes = ...,
+        signature: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["restart", b"restart", "signature", b"signature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SignedJournalRestart: _TypeAlias = SignedJournalRestart  # noqa: Y015

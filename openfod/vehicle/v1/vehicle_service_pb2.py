@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from openfod.usage.v1 import usage_pb2 as openfod_dot_usage_dot_v1_dot_usage__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(openfod/vehicle/v1/vehicle_service.proto\x12\x12openfod.vehicle.v1\x1a\x1copenfod/usage/v1/usage.proto\"B\n\rEnrollRequest\x12\x0b\n\x03vin\x18\x01 \x01(\t\x12\x13\n\x0b\x63laim_token\x18\x02 \x01(\t\x12\x0f\n\x07\x63sr_der\x18\x03 \x01(\x0c\"9\n\x0e\x45nrollResponse\x12\x17\n\x0f\x63\x65rtificate_der\x18\x01 \x01(\x0c\x12\x0e\n\x06source\x18\x02 \x01(\t\"\xb1\x02\n\x0e\x43onnectRequest\x12*\n\x05hello\x18\x01 \x01(\x0b\x32\x19.openfod.vehicle.v1.HelloH\x00\x12\x35\n\x0bnonce_offer\x18\x02 \x01(\x0b\x32\x1e.openfod.vehicle.v1.NonceOfferH\x00\x12\x39\n\rupdate_result\x18\x03 \x01(\x0b\x32 .openfod.vehicle.v1.UpdateResultH\x00\x12\x41\n\x0e\x66\x65\x61ture_status\x18\x04 \x01(\x0b\x32\'.openfod.vehicle.v1.FeatureStatusReportH\x00\x12\x33\n\x05usage\x18\x05 \x01(\x0b\x32\".openfod.usage.v1.SignedUsageBatchH\x00\x42\t\n\x07payload\"\xc9\x01\n\x0f\x43onnectResponse\x12\x37\n\x0ctrust_update\x18\x01 \x01(\x0b\x32\x1f.openfod.vehicle.v1.TrustUpdateH\x00\x12\x37\n\x07receipt\x18\x02 \x01(\x0b\x32$.openfod.usage.v1.SignedUsageReceiptH\x00\x12\x39\n\rusage_refusal\x18\x03 \x01(\x0b\x32 .openfod.vehicle.v1.UsageRefusalH\x00\x42\t\n\x07payload\"\x85\x02\n\x05Hello\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x38\n\x08\x64irector\x18\x02 \x01(\x0b\x32&.openfod.vehicle.v1.RepositoryVersions\x12\x39\n\tcatalogue\x18\x03 \x01(\x0b\x32&.openfod.vehicle.v1.RepositoryVersions\x12\x12\n\njournal_id\x18\x04 \x01(\t\x12\x15\n\ragent_version\x18\x05 \x01(\t\x12\x38\n\x0etoken_counters\x18\x06 \x03(\x0b\x32 .openfod.vehicle.v1.TokenCounter\x12\x13\n\x0bowner_epoch\x18\x07 \x01(\r\"K\n\x0cTokenCounter\x12\x16\n\x0e\x65\x63u_identifier\x18\x01 \x01(\t\x12\x12\n\nfeature_id\x18\x02 \x01(\t\x12\x0f\n\x07\x63ounter\x18\x03 \x01(\r\"X\n\x12RepositoryVersions\x12\x0c\n\x04root\x18\x01 \x01(\x04\x12\x11\n\ttimestamp\x18\x02 \x01(\x04\x12\x10\n\x08snapshot\x18\x03 \x01(\x04\x12\x0f\n\x07targets\x18\x04 \x01(\x04\"\x1b\n\nNonceOffer\x12\r\n\x05nonce\x18\x01 \x01(\x0c\"\xf7\x01\n\x0bTrustUpdate\x12\x38\n\x08\x64irector\x18\x01 \x01(\x0b\x32&.openfod.vehicle.v1.RepositoryMetadata\x12\x39\n\tcatalogue\x18\x02 \x01(\x0b\x32&.openfod.vehicle.v1.RepositoryMetadata\x12\x38\n\x10\x64irector_targets\x18\x03 \x03(\x0b\x32\x1e.openfod.vehicle.v1.TargetFile\x12\x39\n\x11\x63\x61talogue_targets\x18\x04 \x03(\x0b\x32\x1e.openfod.vehicle.v1.TargetFile\"Y\n\x12RepositoryMetadata\x12\r\n\x05roots\x18\x01 \x03(\x0c\x12\x11\n\ttimestamp\x18\x02 \x01(\x0c\x12\x10\n\x08snapshot\x18\x03 \x01(\x0c\x12\x0f\n\x07targets\x18\x04 \x01(\x0c\"+\n\nTargetFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\x0c\"\xa6\x01\n\x0cUpdateResult\x12\x38\n\x08\x64irector\x18\x01 \x01(\x0b\x32&.openfod.vehicle.v1.RepositoryVersions\x12\x39\n\tcatalogue\x18\x02 \x01(\x0b\x32&.openfod.vehicle.v1.RepositoryVersions\x12\x12\n\nerror_type\x18\x03 \x01(\t\x12\r\n\x05\x65rror\x18\x04 \x01(\t\"J\n\x13\x46\x65\x61tureStatusReport\x12\x33\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32!.openfod.vehicle.v1.FeatureStatus\"\xf4\x01\n\rFeatureStatus\x12\x12\n\nfeature_id\x18\x01 \x01(\t\x12\x16\n\x0e\x65ntitlement_id\x18\x02 \x01(\t\x12/\n\x05state\x18\x03 \x01(\x0e\x32 .openfod.vehicle.v1.FeatureState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0b\n\x03nrc\x18\x05 \x01(\r\x12\x10\n\x08since_ms\x18\x06 \x01(\x03\x12\x15\n\ractivation_ms\x18\x07 \x01(\r\x12\x10\n\x08trace_id\x18\x08 \x01(\t\x12.\n\x08\x65vidence\x18\t \x01(\x0b\x32\x1c.openfod.vehicle.v1.Evidence\"N\n\x08\x45vidence\x12\x0f\n\x07\x66inding\x18\x01 \x01(\t\x12\x11\n\tread_back\x18\x02 \x01(\x0c\x12\x0f\n\x07\x63ounter\x18\x03 \x01(\r\x12\r\n\x05\x61t_ms\x18\x04 \x01(\x03\"a\n\x0cUsageRefusal\x12\x12\n\njournal_id\x18\x01 \x01(\t\x12\x12\n\nerror_type\x18\x02 \x01(\t\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x1a\n\x12stored_through_seq\x18\x04 \x01(\x04*\x88\x02\n\x0c\x46\x65\x61tureState\x12\x1d\n\x19\x46\x45\x41TURE_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46\x45\x41TURE_STATE_LOCKED\x10\x01\x12\x19\n\x15\x46\x45\x41TURE_STATE_PENDING\x10\x02\x12\x1c\n\x18\x46\x45\x41TURE_STATE_ACTIVATING\x10\x03\x12\x18\n\x14\x46\x45\x41TURE_STATE_ACTIVE\x10\x04\x12\x16\n\x12\x46\x45\x41TURE_STATE_HELD\x10\x05\x12\x1e\n\x1a\x46\x45\x41TURE_STATE_DEACTIVATING\x10\x06\x12\x17\n\x13\x46\x45\x41TURE_STATE_FAULT\x10\x07\x12\x1b\n\x17\x46\x45\x41TURE_STATE_SUSPENDED\x10\x08\x32\x63\n\x10\x45nrolmentService\x12O\n\x06\x45nroll\x12!.openfod.vehicle.v1.EnrollRequest\x1a\".openfod.vehicle.v1.EnrollResponse2h\n\x0eVehicleService\x12V\n\x07\x43onnect\x12\".openfod.vehicle.v1.ConnectRequest\x1a#.openfod.vehicle.v1.ConnectResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(openfod/vehicle/v1/vehicle_service.proto\x12\x12openfod.vehicle.v1\x1a\x1copenfod/usage/v1/usage.proto\"B\n\rEnrollRequest\x12\x0b\n\x03vin\x18\x01 \x01(\t\x12\x13\n\x0b\x63laim_token\x18\x02 \x01(\t\x12\x0f\n\x07\x63sr_der\x18\x03 \x01(\x0c\"9\n\x0e\x45nrollResponse\x12\x17\n\x0f\x63\x65rtificate_der\x18\x01 \x01(\x0c\x12\x0e\n\x06source\x18\x02 \x01(\t\"\xb1\x02\n\x0e\x43onnectRequest\x12*\n\x05hello\x18\x01 \x01(\x0b\x32\x19.openfod.vehicle.v1.HelloH\x00\x12\x35\n\x0bnonce_offer\x18\x02 \x01(\x0b\x32\x1e.openfod.vehicle.v1.NonceOfferH\x00\x12\x39\n\rupdate_result\x18\x03 \x01(\x0b\x32 .openfod.vehicle.v1.UpdateResultH\x00\x12\x41\n\x0e\x66\x65\x61ture_status\x18\x04 \x01(\x0b\x32\'.openfod.vehicle.v1.FeatureStatusReportH\x00\x12\x33\n\x05usage\x18\x05 \x01(\x0b\x32\".openfod.usage.v1.SignedUsageBatchH\x00\x42\t\n\x07payload\"\x8c\x02\n\x0f\x43onnectResponse\x12\x37\n\x0ctrust_update\x18\x01 \x01(\x0b\x32\x1f.openfod.vehicle.v1.TrustUpdateH\x00\x12\x37\n\x07receipt\x18\x02 \x01(\x0b\x32$.openfod.usage.v1.SignedUsageReceiptH\x00\x12\x39\n\rusage_refusal\x18\x03 \x01(\x0b\x32 .openfod.vehicle.v1.UsageRefusalH\x00\x12\x41\n\x0fjournal_restart\x18\x04 \x01(\x0b\x32&.openfod.usage.v1.SignedJournalRestartH\x00\x42\t\n\x07payload\"\x85\x02\n\x05Hello\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x38\n\x08\x64irector\x18\x02 \x01(\x0b\x32&.openfod.vehicle.v1.RepositoryVersions\x12\x39\n\tcatalogue\x18\x03 \x01(\x0b\x32&.openfod.vehicle.v1.RepositoryVersions\x12\x12\n\njournal_id\x18\x04 \x01(\t\x12\x15\n\ragent_version\x18\x05 \x01(\t\x12\x38\n\x0etoken_counters\x18\x06 \x03(\x0b\x32 .openfod.vehicle.v1.TokenCounter\x12\x13\n\x0bowner_epoch\x18\x07 \x01(\r\"K\n\x0cTokenCounter\x12\x16\n\x0e\x65\x63u_identifier\x18\x01 \x01(\t\x12\x12\n\nfeature_id\x18\x02 \x01(\t\x12\x0f\n\x07\x63ounter\x18\x03 \x01(\r\"X\n\x12RepositoryVersions\x12\x0c\n\x04root\x18\x01 \x01(\x04\x12\x11\n\ttimestamp\x18\x02 \x01(\x04\x12\x10\n\x08snapshot\x18\x03 \x01(\x04\x12\x0f\n\x07targets\x18\x04 \x01(\x04\"\x1b\n\nNonceOffer\x12\r\n\x05nonce\x18\x01 \x01(\x0c\"\xf7\x01\n\x0bTrustUpdate\x12\x38\n\x08\x64irector\x18\x01 \x01(\x0b\x32&.openfod.vehicle.v1.RepositoryMetadata\x12\x39\n\tcatalogue\x18\x02 \x01(\x0b\x32&.openfod.vehicle.v1.RepositoryMetadata\x12\x38\n\x10\x64irector_targets\x18\x03 \x03(\x0b\x32\x1e.openfod.vehicle.v1.TargetFile\x12\x39\n\x11\x63\x61talogue_targets\x18\x04 \x03(\x0b\x32\x1e.openfod.vehicle.v1.TargetFile\"Y\n\x12RepositoryMetadata\x12\r\n\x05roots\x18\x01 \x03(\x0c\x12\x11\n\ttimestamp\x18\x02 \x01(\x0c\x12\x10\n\x08snapshot\x18\x03 \x01(\x0c\x12\x0f\n\x07targets\x18\x04 \x01(\x0c\"+\n\nTargetFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\x0c\"\xa6\x01\n\x0cUpdateResult\x12\x38\n\x08\x64irector\x18\x01 \x01(\x0b\x32&.openfod.vehicle.v1.RepositoryVersions\x12\x39\n\tcatalogue\x18\x02 \x01(\x0b\x32&.openfod.vehicle.v1.RepositoryVersions\x12\x12\n\nerror_type\x18\x03 \x01(\t\x12\r\n\x05\x65rror\x18\x04 \x01(\t\"J\n\x13\x46\x65\x61tureStatusReport\x12\x33\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32!.openfod.vehicle.v1.FeatureStatus\"\xf4\x01\n\rFeatureStatus\x12\x12\n\nfeature_id\x18\x01 \x01(\t\x12\x16\n\x0e\x65ntitlement_id\x18\x02 \x01(\t\x12/\n\x05state\x18\x03 \x01(\x0e\x32 .openfod.vehicle.v1.FeatureState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0b\n\x03nrc\x18\x05 \x01(\r\x12\x10\n\x08since_ms\x18\x06 \x01(\x03\x12\x15\n\ractivation_ms\x18\x07 \x01(\r\x12\x10\n\x08trace_id\x18\x08 \x01(\t\x12.\n\x08\x65vidence\x18\t \x01(\x0b\x32\x1c.openfod.vehicle.v1.Evidence\"N\n\x08\x45vidence\x12\x0f\n\x07\x66inding\x18\x01 \x01(\t\x12\x11\n\tread_back\x18\x02 \x01(\x0c\x12\x0f\n\x07\x63ounter\x18\x03 \x01(\r\x12\r\n\x05\x61t_ms\x18\x04 \x01(\x03\"a\n\x0cUsageRefusal\x12\x12\n\njournal_id\x18\x01 \x01(\t\x12\x12\n\nerror_type\x18\x02 \x01(\t\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x1a\n\x12stored_through_seq\x18\x04 \x01(\x04*\x88\x02\n\x0c\x46\x65\x61tureState\x12\x1d\n\x19\x46\x45\x41TURE_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46\x45\x41TURE_STATE_LOCKED\x10\x01\x12\x19\n\x15\x46\x45\x41TURE_STATE_PENDING\x10\x02\x12\x1c\n\x18\x46\x45\x41TURE_STATE_ACTIVATING\x10\x03\x12\x18\n\x14\x46\x45\x41TURE_STATE_ACTIVE\x10\x04\x12\x16\n\x12\x46\x45\x41TURE_STATE_HELD\x10\x05\x12\x1e\n\x1a\x46\x45\x41TURE_STATE_DEACTIVATING\x10\x06\x12\x17\n\x13\x46\x45\x41TURE_STATE_FAULT\x10\x07\x12\x1b\n\x17\x46\x45\x41TURE_STATE_SUSPENDED\x10\x08\x32\x63\n\x10\x45nrolmentService\x12O\n\x06\x45nroll\x12!.openfod.vehicle.v1.EnrollRequest\x1a\".openfod.vehicle.v1.EnrollResponse2h\n\x0eVehicleService\x12V\n\x07\x43onnect\x12\".openfod.vehicle.v1.ConnectRequest\x1a#.openfod.vehicle.v1.ConnectResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'openfod.vehicle.v1.vehicle_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FEATURESTATE']._serialized_start=2251
-  _globals['_FEATURESTATE']._serialized_end=2515
+  _globals['_FEATURESTATE']._serialized_start=2318
+  _globals['_FEATURESTATE']._serialized_end=2582
   _globals['_ENROLLREQUEST']._serialized_start=94
   _globals['_ENROLLREQUEST']._serialized_end=160
   _globals['_ENROLLRESPONSE']._serialized_start=162
@@ -41,33 +41,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CONNECTREQUEST']._serialized_start=222
   _globals['_CONNECTREQUEST']._serialized_end=527
   _globals['_CONNECTRESPONSE']._serialized_start=530
-  _globals['_CONNECTRESPONSE']._serialized_end=731
-  _globals['_HELLO']._serialized_start=734
-  _globals['_HELLO']._serialized_end=995
-  _globals['_TOKENCOUNTER']._serialized_start=997
-  _globals['_TOKENCOUNTER']._serialized_end=1072
-  _globals['_REPOSITORYVERSIONS']._serialized_start=1074
-  _globals['_REPOSITORYVERSIONS']._serialized_end=1162
-  _globals['_NONCEOFFER']._serialized_start=1164
-  _globals['_NONCEOFFER']._serialized_end=1191
-  _globals['_TRUSTUPDATE']._serialized_start=1194
-  _globals['_TRUSTUPDATE']._serialized_end=1441
-  _globals['_REPOSITORYMETADATA']._serialized_start=1443
-  _globals['_REPOSITORYMETADATA']._serialized_end=1532
-  _globals['_TARGETFILE']._serialized_start=1534
-  _globals['_TARGETFILE']._serialized_end=1577
-  _globals['_UPDATERESULT']._serialized_start=1580
-  _globals['_UPDATERESULT']._serialized_end=1746
-  _globals['_FEATURESTATUSREPORT']._serialized_start=1748
-  _globals['_FEATURESTATUSREPORT']._serialized_end=1822
-  _globals['_FEATURESTATUS']._serialized_start=1825
-  _globals['_FEATURESTATUS']._serialized_end=2069
-  _globals['_EVIDENCE']._serialized_start=2071
-  _globals['_EVIDENCE']._serialized_end=2149
-  _globals['_USAGEREFUSAL']._serialized_start=2151
-  _globals['_USAGEREFUSAL']._serialized_end=2248
-  _globals['_ENROLMENTSERVICE']._serialized_start=2517
-  _globals['_ENROLMENTSERVICE']._serialized_end=2616
-  _globals['_VEHICLESERVICE']._serialized_start=2618
-  _globals['_VEHICLESERVICE']._serialized_end=2722
+  _globals['_CONNECTRESPONSE']._serialized_end=798
+  _globals['_HELLO']._serialized_start=801
+  _globals['_HELLO']._serialized_end=1062
+  _globals['_TOKENCOUNTER']._serialized_start=1064
+  _globals['_TOKENCOUNTER']._serialized_end=1139
+  _globals['_REPOSITORYVERSIONS']._serialized_start=1141
+  _globals['_REPOSITORYVERSIONS']._serialized_end=1229
+  _globals['_NONCEOFFER']._serialized_start=1231
+  _globals['_NONCEOFFER']._serialized_end=1258
+  _globals['_TRUSTUPDATE']._serialized_start=1261
+  _globals['_TRUSTUPDATE']._serialized_end=1508
+  _globals['_REPOSITORYMETADATA']._serialized_start=1510
+  _globals['_REPOSITORYMETADATA']._serialized_end=1599
+  _globals['_TARGETFILE']._serialized_start=1601
+  _globals['_TARGETFILE']._serialized_end=1644
+  _globals['_UPDATERESULT']._serialized_start=1647
+  _globals['_UPDATERESULT']._serialized_end=1813
+  _globals['_FEATURESTATUSREPORT']._serialized_start=1815
+  _globals['_FEATURESTATUSREPORT']._serialized_end=1889
+  _globals['_FEATURESTATUS']._serialized_start=1892
+  _globals['_FEATURESTATUS']._serialized_end=2136
+  _globals['_EVIDENCE']._serialized_start=2138
+  _globals['_EVIDENCE']._serialized_end=2216
+  _globals['_USAGEREFUSAL']._serialized_start=2218
+  _globals['_USAGEREFUSAL']._serialized_end=2315
+  _globals['_ENROLMENTSERVICE']._serialized_start=2584
+  _globals['_ENROLMENTSERVICE']._serialized_end=2683
+  _globals['_VEHICLESERVICE']._serialized_start=2685
+  _globals['_VEHICLESERVICE']._serialized_end=2789
 # @@protoc_insertion_point(module_scope)

@@ -189,6 +189,7 @@ class ConnectResponse(_message.Message):
     TRUST_UPDATE_FIELD_NUMBER: _builtins.int
     RECEIPT_FIELD_NUMBER: _builtins.int
     USAGE_REFUSAL_FIELD_NUMBER: _builtins.int
+    JOURNAL_RESTART_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def trust_update(self) -> Global___TrustUpdate:
         """New metadata and targets, or only a fresh signed time."""
@@ -201,18 +202,23 @@ class ConnectResponse(_message.Message):
     def usage_refusal(self) -> Global___UsageRefusal:
         """Usage was refused."""
 
+    @_builtins.property
+    def journal_restart(self) -> _usage_pb2.SignedJournalRestart:
+        """The journal goes on in a new one."""
+
     def __init__(
         self,
         *,
         trust_update: Global___TrustUpdate | None = ...,
         receipt: _usage_pb2.SignedUsageReceipt | None = ...,
         usage_refusal: Global___UsageRefusal | None = ...,
+        journal_restart: _usage_pb2.SignedJournalRestart | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["payload", b"payload", "receipt", b"receipt", "trust_update", b"trust_update", "usage_refusal", b"usage_refusal"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["journal_restart", b"journal_restart", "payload", b"payload", "receipt", b"receipt", "trust_update", b"trust_update", "usage_refusal", b"usage_refusal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["payload", b"payload", "receipt", b"receipt", "trust_update", b"trust_update", "usage_refusal", b"usage_refusal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["journal_restart", b"journal_restart", "payload", b"payload", "receipt", b"receipt", "trust_update", b"trust_update", "usage_refusal", b"usage_refusal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["trust_update", "receipt", "usage_refusal"]  # noqa: Y015
+    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["trust_update", "receipt", "usage_refusal", "journal_restart"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
 
