@@ -2,7 +2,8 @@
 
 The loop never waits for a disk, a signature or the network. A reader thread
 for each bus, a writer thread for SQLite, a worker for verification and
-signing, and the link's thread post to one queue. Only here is a fault caught
+signing, and the link's thread post to one queue. Readers decode signals
+themselves; the loop fetches what they said before each decision. Only here is a fault caught
 broadly: it leads to the safe state (nothing more is sent) and a non-zero exit.
 """
 
@@ -27,13 +28,12 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from agent import __version__, boot, importing
 from agent import events as ev
 from agent.adapters.archive import KEY_BYTES, seal
-from agent.adapters.bus import RawFrame
 from agent.adapters.clock import SystemClock, SystemRandom
 from agent.adapters.identity import Identity
 from agent.adapters.identity import read as read_identity
 from agent.adapters.identity import settle as settle_identity
 from agent.adapters.store import KeptRecord, Store
-from agent.buses import Buses, Dropped, Frames, StateChanged
+from agent.buses import Buses, Dropped, Frames, SignalsReady, StateChanged
 from agent.config import AgentConfig
 from agent.engine import Engine
 from agent.errors import (
@@ -122,6 +122,7 @@ _Item = (
     ev.Event
     | Frames
     | Dropped
+    | SignalsReady
     | StateChanged
     | _Ask
     | _Import
@@ -199,6 +200,7 @@ class App:
         self._down_reason = ""
         self._guard = Guard(listen_only=config.vehicle.listen_only)
         self._collector = Collector(self._buses.tables)
+        self._buses.attach(self._collector)
         now_ns = self._clock.monotonic_ns()
         self._engine = Engine(
             source=identity.source,
@@ -221,7 +223,6 @@ class App:
             owner_epoch=stored.owner_epoch,
             former=stored.former,
         )
-        self._ecu_ids: Mapping[str, frozenset[int]] = {}
         self._uds: UdsClient | None = None
         self._held: list[ev.RunEcu] = []
         self._api: LocalApi | None = None
@@ -248,7 +249,7 @@ class App:
         code = 0
         try:
             self._submit(self._writer, self._seal_former)
-            self._step(self._booted)
+            self._run_engine(self._booted)
             self._buses.open()
             self._loop()
         except AgentError as error:
@@ -325,14 +326,21 @@ class App:
                 if self._clock.monotonic_ns() >= self._engine.wake_ns():
                     self._step(ev.Ticked())
             case Frames(bus, frames):
-                self._take_frames(bus, frames)
+                for frame in frames:
+                    if self._uds is not None:
+                        self._uds.on_frame(bus, frame)
+            case SignalsReady():
+                if not self._is_loading:
+                    _log.info("first frame is decoded", after_ms=self._clock.process_age_ms())
+                    self._load_soon()
+                self._take_signals()
             case StateChanged(bus, state, reason):
                 self._step(ev.BusChanged(bus, state.value, reason))
             case Dropped(bus, from_ns, to_ns, count):
-                self._collector.lost(bus)
                 within_ms = (to_ns - from_ns) // 1_000_000
                 _log.warning("frames were lost", bus=bus, count=count, within_ms=within_ms)
             case _Ask(answer):
+                self._take_signals()
                 answer.set_result(self._status())
             case _Import(content, answer):
                 self._submit(self._worker, partial(self._verify_bundle, content, answer))
@@ -351,18 +359,6 @@ class App:
                 self._step(ev.Stopping())
             case _:
                 self._step(item)
-
-    def _take_frames(self, bus: str, frames: list[RawFrame]) -> None:
-        ecu_ids = self._ecu_ids.get(bus, frozenset())
-        for frame in frames:
-            if frame.can_id in ecu_ids and self._uds is not None:
-                self._uds.on_frame(bus, frame)
-        self._collector.feed(bus, frames)
-        if not self._is_loading:
-            _log.info("first frame is decoded", after_ms=self._clock.process_age_ms())
-            self._load_soon()
-        self._buses.by_name[bus].taken(len(frames))
-        self._step(ev.SignalsArrived(self._collector.drain()))
 
     def _load_soon(self) -> None:
         self._is_loading = True
@@ -397,8 +393,17 @@ class App:
     def _step(self, event: ev.Event) -> None:
         if isinstance(event, ev.LinkUp | ev.LinkDown):
             self._down_reason = event.reason if isinstance(event, ev.LinkDown) else ""
+        self._take_signals()  # nothing is decided on signals that are older than they need be
+        self._run_engine(event)
+
+    def _take_signals(self) -> None:
+        due_ns = self._clock.monotonic_ns() + self._engine.patience_ns
+        self._run_engine(ev.SignalsArrived(self._buses.drain(due_ns)))
+
+    def _run_engine(self, event: ev.Event) -> None:
         for command in self._engine.step(event, self._clock.monotonic_ns()):
             self._do(command)
+        self._buses.look_for(self._engine.urgent)
 
     def _post(self, event: ev.Event) -> None:
         self._queue.put(event)
@@ -448,7 +453,6 @@ class App:
             if (ecu := feature.ecu) is not None and ecu.request_id:
                 ids = {raw_id(ecu.request_id), raw_id(ecu.response_id)}
                 ecu_ids[ecu.bus] = ecu_ids.get(ecu.bus, FUNCTIONAL_IDS) | ids
-        self._ecu_ids = ecu_ids
         self._buses.receive(ecu_ids)
 
     # --- store and worker ------------------------------------------------------------

@@ -61,6 +61,8 @@ BACKOFF_NS = tuple(s * 1_000_000_000 for s in (1, 2, 5, 15, 60))
 """Pause before each further try of an ECU; the last one repeats."""
 MARK_NS = 60 * 1_000_000_000
 """How much time a power cut may take back, where nothing else is written."""
+GATHER_NS = 500_000_000
+"""Longest time for which signals gather that decide nothing at once: each look at them costs."""
 MIN_OFF_READ_BACK_S = 10
 """Shortest period at which a feature that should be off is read back."""
 EVIDENCE_BYTES = 64
@@ -198,9 +200,30 @@ class Engine:
         self._send(now_ns)
         return self._out
 
+    @property
+    def urgent(self) -> frozenset[str]:
+        """VSS names of the signals whose change may decide something at once; all others may gather."""
+        names: set[str] = set()
+        for feature in self._features.values():
+            if feature.state is State.HELD:
+                names |= {*feature.spec.release_when.inputs, IGNITION}
+            elif feature.state is State.PENDING:
+                names.update(feature.spec.activate_when.inputs)
+        return frozenset(names)
+
+    @property
+    def patience_ns(self) -> int:
+        """How long signals that are not urgent may gather.
+
+        Half the shortest age of what is metered: what is heard in time then
+        looks so, however seldom it is fetched.
+        """
+        return min(GATHER_NS, self._ledger.shortest_age_ns // 2)
+
     def wake_ns(self) -> int:
         """When Ticked is wanted at the latest, monotonic."""
-        due = [self._now_ns + self._checkpoint_ns]
+        checkpoint_ns = self._checkpoint_due_ns
+        due = [checkpoint_ns if checkpoint_ns > self._now_ns else self._now_ns + self._checkpoint_ns]
         for feature in self._features.values():
             due += [t for t in (feature.retry_ns, feature.read_back_ns) if t > self._now_ns]
         return min(due)

@@ -86,13 +86,14 @@ class SignalBatch:
         seen_ns: the signals that were seen since the batch before, changed or
             not, and the time of the latest frame that carried a valid value.
         broken: those of them between whose frames others were lost, or could
-            not be used, since the batch before: equal values say nothing of
-            the time between them.
+            not be used, since the batch before, and when they were last seen
+            before the first of those losses, -1 for never: from then to
+            `seen_ns` equal values say nothing of the time between them.
     """
 
     changes: tuple[SignalChange, ...]
     seen_ns: Mapping[str, int]
-    broken: frozenset[str] = frozenset()
+    broken: Mapping[str, int] = field(default_factory=dict)
 
 
 # --- catalogue ---------------------------------------------------------------

@@ -12,10 +12,10 @@ import contextlib
 import json
 import logging
 import os
-import queue
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -193,7 +193,7 @@ class OwnBuses:
         compiled = {bus.name: compile_anew(bus) for bus in config.buses}
         self._collector = Collector({name: made.table for name, made in compiled.items() if made is not None})
         self._state = SignalState(self._collector.infos)
-        self._arrived: queue.SimpleQueue[tuple[str, list[RawFrame]]] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # guards the collector, between the readers and us
         self._buses = {
             bus.name: CanBus(
                 bus.name,
@@ -201,7 +201,7 @@ class OwnBuses:
                 bus.channel,
                 bus.bitrate,
                 bus.fd,
-                on_frames=lambda name, frames: self._arrived.put((name, frames)),
+                on_frames=self._take,
                 on_state=lambda *_: None,
                 listen_only=True,
                 **bus.options,
@@ -211,20 +211,19 @@ class OwnBuses:
         for bus in self._buses.values():
             bus.open()
 
+    def _take(self, bus: str, frames: Sequence[RawFrame]) -> None:
+        """Decodes frames, in the reader's thread."""
+        with self._lock:
+            self._collector.feed(bus, frames)
+
     def wait(self, seconds: float) -> None:
-        """Decodes what arrives meanwhile."""
-        ends_ns = self._monotonic_ns() + int(seconds * 1e9)
-        while (left_ns := ends_ns - self._monotonic_ns()) > 0:
-            try:
-                name, frames = self._arrived.get(timeout=left_ns / 1e9)
-            except queue.Empty:
-                break
-            self._collector.feed(name, frames)
-            self._buses[name].taken(len(frames))
+        """As `Source.wait`; frames are decoded meanwhile."""
+        time.sleep(seconds)
 
     def snapshot(self) -> Snapshot:
         """As `Source.snapshot`."""
-        self._state.apply(self._collector.drain())
+        with self._lock:
+            self._state.apply(self._collector.drain())
         now_ns = self._monotonic_ns()
         return Snapshot(
             now_ns,

@@ -21,6 +21,7 @@ It receives through:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import queue
@@ -31,15 +32,21 @@ import statistics
 import struct
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from agent.adapters.bus import WINDOW_S
 
 if TYPE_CHECKING:
-    from agent.signals.state import Collector
-    from agent.signals.table import Table
+    from agent.buses import Buses
+    from agent.config import AgentConfig
+    from agent.model import SignalInfo
 
 RECEIVERS: Final = ("naive", "filtered", "all", "ours", "engine", "manager", "m-engine")
 RATES: Final = (4500, 9000)
@@ -50,6 +57,10 @@ ROUNDS: Final = int(os.environ.get("OPENFOD_BENCH_ROUNDS", "3"))
 SECONDS: Final = float(os.environ.get("OPENFOD_BENCH_SECONDS", "10"))
 SLOW: Final = float(os.environ.get("OPENFOD_BENCH_SLOW", "1"))
 CHANNEL: Final = os.environ.get("OPENFOD_CAN", "vcan0")
+GATHER_S: Final = 0.5
+"""How long signals gather that decide nothing at once (agent.engine.GATHER_NS)."""
+TICK_S: Final = 2.0
+VIN: Final = "1FTFW1ET5DFC10312"
 WARM_UP_S: Final = 1.0 * SLOW**0.5
 
 _SO_MEMINFO: Final = 55
@@ -182,72 +193,73 @@ def peer(*, filtered: bool) -> dict[str, float]:
                 measure, frames, ends_s = Measure(), 0, time.monotonic() + SECONDS
 
 
-def table() -> Table:
-    """The table of the subscribed messages."""
-    from agent.signals.compiler import compile_table
-    from agent.signals.database import read
-    from agent.signals.mapping import MappingEntry, SignalMapping
-
-    signals = ("SPEED", "TEMPERATURE", "STATE", "ODOMETER")
+def mapping() -> str:
+    """Gives each signal of the subscribed messages a VSS name."""
     names = {"SPEED": "Vehicle.Speed", "ODOMETER": "Vehicle.TraveledDistance"}
-    found = read(database().encode(), Path("load.dbc"))
+    units = {"SPEED": "km/h", "ODOMETER": "km"}
     first = subscribed_ids()[0]
-    entries = tuple(
-        MappingEntry(
-            message=f"M{can_id}",
-            signal=signal,
-            vss=names[signal] if can_id == first and signal in names else f"Bench.M{can_id}.{signal}",
-            max_age_ms=round(1000 * max(1.0, SLOW)),
-            unit={"SPEED": "km/h", "ODOMETER": "km"}.get(signal, ""),
-        )
+
+    def vss(can_id: int, signal: str) -> str:
+        return names[signal] if can_id == first and signal in names else f"Bench.M{can_id}.{signal.title()}"
+
+    return "\n".join(
+        f'[[signals]]\nmessage = "M{can_id}"\nsignal = "{signal}"\nunit = "{units.get(signal, "")}"\n'
+        f'vss = "{vss(can_id, signal)}"\n'
+        f"max_age_ms = {round(1000 * max(1.0, SLOW))}\n"
         for can_id in subscribed_ids()
-        for signal in signals
+        for signal in ("SPEED", "TEMPERATURE", "STATE", "ODOMETER")
     )
-    return compile_table(found, SignalMapping(entries))
+
+
+def fetch(buses: Buses) -> None:
+    """Takes what has been read, as a loop without an engine would."""
+    buses.drain(time.monotonic_ns() + round(GATHER_S * SLOW * 1e9))
 
 
 def ours(*, everything: bool, manager: bool, engine: bool) -> dict[str, float]:
-    """The agent's bus, and the loop that takes its batches as agent.app does."""
-    from agent.adapters.broadcast_manager import watches_of
-    from agent.adapters.bus import WINDOW_S, RawFrame
-    from agent.adapters.can_bus import BusState, CanBus
+    """The agent's buses, and a loop that fetches what they read as agent.app does."""
+    from agent.buses import Buses, SignalsReady
+    from agent.config import BusConfig, StateConfig, VehicleConfig
     from agent.signals.state import Collector
 
-    decode = table()
-    collector = Collector({"b": decode})
-    step: Callable[[], object] = meters(collector) if engine else collector.drain
-    batches: queue.SimpleQueue[list[RawFrame]] = queue.SimpleQueue()
-    up: queue.SimpleQueue[BusState] = queue.SimpleQueue()
-    bus = CanBus(
-        "b",
-        "socketcan",
-        CHANNEL,
-        on_frames=lambda _name, frames: batches.put(frames),
-        on_state=lambda _name, state, _reason: up.put(state),
-        wanted_ids=None if everything else subscribed_ids(),
-        watches=watches_of(decode) if manager else {},
-        window_s=WINDOW_S * SLOW,
-    )
-    bus.open()
-    assert up.get(timeout=30) is BusState.UP
-    frames = taken = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "load.dbc").write_text(database())
+        (folder / "load.toml").write_text(mapping())
+        bus = BusConfig(
+            name="b",
+            interface="socketcan",
+            channel=CHANNEL,
+            database=folder / "load.dbc",
+            signals=folder / "load.toml",
+            changes_only=manager,
+        )
+        config: Any = SimpleNamespace(
+            buses=(bus,), state=StateConfig(directory=folder), vehicle=VehicleConfig(vin=VIN)
+        )
+        buses = Buses(cast("AgentConfig", config), window_s=WINDOW_S * SLOW)
+        collector = Collector(buses.tables)
+    buses.attach(collector)
+    take = meters(buses, collector.infos) if engine else partial(fetch, buses)
+    if everything:
+        buses.by_name["b"].receive(None, ())
+    buses.open()
+    counts = buses.by_name["b"].counts
     measure: Measure | None = None
     ends_s = time.monotonic() + WARM_UP_S
+    frames = taken = 0
     while True:
-        try:
-            batch = batches.get(timeout=1.0)
-        except queue.Empty:
-            batch = []
-        collector.feed("b", batch)
-        bus.taken(len(batch))
-        step()
-        frames, taken = frames + len(batch), taken + 1
+        with contextlib.suppress(queue.Empty):
+            if isinstance(buses.queue.get(timeout=TICK_S), SignalsReady):
+                taken += 1
+                take()
         if time.monotonic() >= ends_s:
             if measure is not None:
-                found = measure.result(frames, bus.counts.dropped, taken)
-                bus.close()
+                found = measure.result(counts.frames - frames, counts.dropped, taken)
+                buses.close()
                 return found
-            measure, frames, taken, ends_s = Measure(), 0, 0, time.monotonic() + SECONDS
+            measure, frames, taken = Measure(), counts.frames, 0
+            ends_s = time.monotonic() + SECONDS
 
 
 FEATURE: Final = b"""
@@ -294,8 +306,9 @@ speed = "Vehicle.Speed"
 """
 
 
-def meters(collector: Collector) -> Callable[[], None]:
-    """Steps an engine with each batch; a feature of it is active and has three meters."""
+def meters(buses: Buses, infos: Mapping[str, SignalInfo]) -> Callable[[], None]:
+    """Steps an engine with what has been read; a feature of it is active and has three meters."""
+    from agent import engine as engine_module
     from agent import events as ev
     from agent.engine import Engine
     from agent.metering.record import GENESIS_HASH, Head
@@ -303,6 +316,7 @@ def meters(collector: Collector) -> Callable[[], None]:
     from agent.trust.catalogue import parse_feature
     from agent.trust.clock import TrustedClock
 
+    engine_module.GATHER_NS = round(GATHER_S * SLOW * 1e9)
     spec, now_ns, now_ms = parse_feature(FEATURE), time.monotonic_ns(), 1_790_000_000_000
     right = Entitlement(
         entitlement_id="ent-load",
@@ -329,7 +343,7 @@ def meters(collector: Collector) -> Callable[[], None]:
     engine = Engine(
         source="veh-load",
         clock=TrustedClock(mark_ms=now_ms, build_ms=0, monotonic_ns=now_ns),
-        infos=collector.infos,
+        infos=infos,
         checkpoint_ns=2_000_000_000,
         window_ns=60_000_000_000,
     )
@@ -346,15 +360,17 @@ def meters(collector: Collector) -> Callable[[], None]:
     head = Head("0123456789abcdef", 0, GENESIS_HASH)
     step(ev.Booted(verdict, head, 0, (), same_boot=True, used={}, last_contact_ms=now_ms))
 
-    def with_batch() -> None:
-        step(ev.SignalsArrived(collector.drain()))
+    def take() -> None:
+        due_ns = time.monotonic_ns() + engine.patience_ns
+        step(ev.SignalsArrived(buses.drain(due_ns)))
         if time.monotonic_ns() >= engine.wake_ns():
             step(ev.Ticked())
+        buses.look_for(engine.urgent)
 
-    with_batch()
+    take()
     (view,) = engine.features()
     assert view.state == "ACTIVE", view
-    return with_batch
+    return take
 
 
 # --- the benchmark -------------------------------------------------------------------

@@ -156,7 +156,10 @@ class Stamps:
 
     def _clocks(self) -> tuple[int, int]:
         """The monotonic time, and how much it is ahead of the wall clock."""
-        readings = []
+        before_ns, wall_ns, now_ns = self._monotonic_ns(), self._wall_ns(), self._monotonic_ns()
+        if now_ns - before_ns < MAX_CLOCK_DOUBT_NS:
+            return now_ns, now_ns - wall_ns
+        readings = [(now_ns - before_ns, now_ns, now_ns - wall_ns)]
         for _ in range(MAX_CLOCK_READINGS):
             # Whatever interrupts us between the clocks would move the frames by as much.
             before_ns, wall_ns, now_ns = self._monotonic_ns(), self._wall_ns(), self._monotonic_ns()

@@ -3,9 +3,9 @@
 A reader thread opens the adapter of the bus's interface, reads frames and hands
 them on. A bus that is lost (reader error, bus-off, vanished interface) is a
 state, not a crash: it is reported and opened again with full-jitter backoff.
-The thread ends only with a state that says so. Frames that an adapter, or this
-reader, could not hand on are declared with the times between which they were,
-and at their place between those that are handed on.
+The thread ends only with a state that says so. Frames that were lost are declared
+with the times between which they were, and at their place between those that are
+handed on.
 Nothing is sent unless the caller sends it; a listen-only bus refuses to send.
 
 `interface` is `socketcan`, `slcan`, `socketcand`, `replay` for any log that
@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -46,9 +47,6 @@ log = logs.get(__name__)
 
 IDLE_READ_S: Final = 1.0
 """Longest time, in seconds, that the reader waits for a frame."""
-MAX_WAITING_FRAMES: Final = 16_384
-"""From this many frames that the agent has not taken, only the latest of each identifier is handed
-on; from twice as many, none. A second of a full 1 Mbit/s bus has 9,000 or so."""
 BACKOFF_BASE_S: Final = 0.1
 BACKOFF_MAX_S: Final = 5.0
 """Waits before a lost bus is opened again lie in [0, min(max, base * 2^n)] seconds."""
@@ -128,8 +126,8 @@ class BusCounts:
         frames: handed on.
         error_frames: of the controller.
         malformed: pieces that were no frame.
-        dropped: frames that were lost in the controller, the kernel, the
-            adapter or here; at least.
+        dropped: frames that were lost in the controller, the kernel or the
+            adapter; at least.
         lost: times that the bus was lost.
     """
 
@@ -151,7 +149,7 @@ class CanBus:
         bitrate: int | None = None,
         fd: bool = False,
         *,
-        on_frames: Callable[[str, list[RawFrame]], None],
+        on_frames: Callable[[str, Sequence[RawFrame]], None],
         on_state: Callable[[str, BusState, str], None],
         on_dropped: Callable[[str, int, int, int], None] = lambda *_: None,
         wanted_ids: Iterable[int] | None = None,
@@ -170,7 +168,7 @@ class CanBus:
         Args:
             on_frames: called in the reader's thread with the bus's name and
                 each batch, in the order of the frames, without error frames.
-                `taken` says when the batch is done with.
+                Whoever is slow there loses frames in the kernel, which counts them.
             on_state: called in the reader's thread with name, state and reason.
             on_dropped: called in the reader's thread with name, two monotonic
                 times and the number of frames that were lost between them, at
@@ -215,7 +213,6 @@ class CanBus:
         self._state, self._reason = BusState.OPENING, ""
         self._heard_ns = 0
         self._dropped = self._malformed = 0
-        self._handed_on = self._taken = 0
         self._thread = threading.Thread(target=self._run, name=f"can-{name}", daemon=True)
 
     @property
@@ -249,10 +246,6 @@ class CanBus:
         self._thread.join(CLOSE_TIMEOUT_S)
         if self._thread.is_alive():
             raise TransportError(f"bus {self.name}: the reader did not end within {CLOSE_TIMEOUT_S} s")
-
-    def taken(self, count: int) -> None:
-        """Says that `count` frames handed on are done with; called by one thread."""
-        self._taken += count
 
     def receive(self, wanted_ids: Iterable[int] | None, urgent_ids: Iterable[int]) -> None:
         """Changes what is received, and what of it does not wait for the window.
@@ -373,12 +366,14 @@ class CanBus:
             if bus.dropped > self._dropped:
                 count, self._dropped = bus.dropped - self._dropped, bus.dropped
                 self._declare(frames[0].at_ns if frames else self._monotonic_ns(), count)
-            start = 0
-            for index in [i for i, frame in enumerate(frames) if frame[0] & CAN_ERR_FLAG]:
-                self._hand_on(frames[start:index])
-                self._take_error(frames[index])
-                start = index + 1
-            self._hand_on(frames[start:])
+            errors = [i for i, frame in enumerate(frames) if frame[0] & CAN_ERR_FLAG]
+            if not errors:
+                self._hand_on(frames)
+                continue
+            for start, end in pairwise([-1, *errors]):
+                self._hand_on(frames[start + 1 : end])
+                self._take_error(frames[end])
+            self._hand_on(frames[errors[-1] + 1 :])
             if self.controller is ControllerState.BUS_OFF:
                 raise BusLostError("bus-off")
 
@@ -393,21 +388,10 @@ class CanBus:
             self._set_controller(controller_after(self.controller, can_id, data))
 
     def _hand_on(self, frames: Sequence[RawFrame]) -> None:
-        if not frames:
-            return
-        kept = list(frames)
-        waiting = self._handed_on - self._taken
-        if waiting > MAX_WAITING_FRAMES:
-            # A flood of one identifier must not keep the others from being heard.
-            latest = {frame.can_id: frame for frame in frames if waiting <= 2 * MAX_WAITING_FRAMES}
-            kept = sorted(latest.values(), key=lambda frame: frame.at_ns)
-            if len(kept) < len(frames):
-                self._declare(frames[-1].at_ns, len(frames) - len(kept))
-        self._heard_ns = max(self._heard_ns, frames[-1].at_ns)
-        if kept:
-            self._handed_on += len(kept)
-            self.counts.frames += len(kept)
-            self._on_frames(self.name, kept)
+        if frames:
+            self._heard_ns = max(self._heard_ns, frames[-1].at_ns)
+            self.counts.frames += len(frames)
+            self._on_frames(self.name, frames)
 
     def _declare(self, until_ns: int, count: int) -> None:
         self.counts.dropped += count

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import itertools
 import os
 import select
 import socket
@@ -25,6 +24,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterable
+from itertools import repeat, takewhile
 from typing import Any, Final
 
 from agent.adapters.bus import (
@@ -100,6 +100,9 @@ class _Mmsghdr(ctypes.Structure):
     _fields_ = (("header", _Msghdr), ("length", ctypes.c_uint32))
 
 
+_HEADER_BYTES: Final = ctypes.sizeof(_Mmsghdr)
+
+
 class _Recvmmsg:
     """Fetches many frames in one call, into memory that is laid out once."""
 
@@ -122,7 +125,7 @@ class _Recvmmsg:
             ctypes.c_int,
             ctypes.c_void_p,
         )
-        self._socket = sock
+        self._file = sock.fileno()
         frame = "IB3x64s" if fd else "IB3x8s"
         frame_bytes = _FD_FRAME.size if fd else _FRAME.size
         self._row = struct.Struct(f"={frame}{_CONTROL}")
@@ -141,8 +144,10 @@ class _Recvmmsg:
             header.control = base + slot * stride + frame_bytes
             header.control_length = _CONTROL_BYTES
         # The kernel writes lengths into the headers: they are made anew before each call.
-        self._fresh = bytes(self._headers)
-        self._used = 0
+        self._fresh = memoryview(bytes(self._headers))
+        self._headers_view = memoryview(self._headers).cast("B")
+        self._headers_at = ctypes.addressof(self._headers)
+        self._used_bytes = 0
         with contextlib.suppress(BlockingIOError):
             self.rows()
 
@@ -153,13 +158,14 @@ class _Recvmmsg:
             BlockingIOError: none is.
             OSError: the interface has a problem.
         """
-        ctypes.memmove(self._headers, self._fresh, self._used * ctypes.sizeof(_Mmsghdr))
-        self._used = 0
-        count = self._call(self._socket.fileno(), self._headers, _SLOTS, _MSG_DONTWAIT, None)
+        used_bytes = self._used_bytes
+        self._headers_view[:used_bytes] = self._fresh[:used_bytes]
+        self._used_bytes = 0
+        count: int = self._call(self._file, self._headers_at, _SLOTS, _MSG_DONTWAIT, None)
         if count < 0:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
-        self._used = count
+        self._used_bytes = count * _HEADER_BYTES
         return list(self._row.iter_unpack(self._view[: count * self._row.size]))
 
 
@@ -318,28 +324,32 @@ class SocketcanBus:
             else:
                 is_empty = len(more) < _SLOTS
                 rows += more
+        self._is_busy = bool(rows)
+        if not rows:
+            self._stamps.monotonic((), was_emptied=is_empty)
+            self._emptied_ns = self._monotonic_ns()
+            self.dropped = max(self.dropped, drops(self._socket))
+            return []
+        # Columns: what is done to all frames at once is done in C.
+        ids, lengths, contents, seconds, nanoseconds, dropped = zip(*rows, strict=True)
         times = self._stamps.monotonic(
-            [seconds * 1_000_000_000 + nanoseconds for _, _, _, seconds, nanoseconds, _ in rows],
+            [s * 1_000_000_000 + ns for s, ns in zip(seconds, nanoseconds, strict=True)],
             was_emptied=is_empty,
         )
-        self._is_busy = bool(rows)
         self._emptied_ns = self._monotonic_ns() if is_empty else 0
-        new = tuple.__new__
-        frames = [
-            new(RawFrame, (can_id, data[:length], at_ns))
-            for (can_id, length, data, _, _, _), at_ns in zip(rows, times, strict=True)
-        ]
-        if not rows:
-            self.dropped = max(self.dropped, drops(self._socket))
-        elif rows[-1][5] > self.dropped:
-            self._later = [(row[5], frame) for row, frame in zip(rows, frames, strict=True)]
+        data = [content[:length] for content, length in zip(contents, lengths, strict=True)]
+        frames: list[RawFrame] = list(
+            map(tuple.__new__, repeat(RawFrame), zip(ids, data, times, strict=True))
+        )
+        if dropped[-1] > self.dropped:
+            self._later = list(zip(dropped, frames, strict=True))
             return self._up_to_loss()
         return self._only_selected(frames)
 
     def _up_to_loss(self) -> list[RawFrame]:
         """What was fetched, up to the next place where the kernel dropped frames, which are counted then."""
         self.dropped = max(self.dropped, self._later[0][0])
-        frames = [frame for _, frame in itertools.takewhile(lambda it: it[0] <= self.dropped, self._later)]
+        frames = [frame for _, frame in takewhile(lambda it: it[0] <= self.dropped, self._later)]
         del self._later[: len(frames)]
         return self._only_selected(frames)
 

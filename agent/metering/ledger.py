@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from agent.features.conditions import Condition
-from agent.metering.meter import Meter, OpenWindow, Total
+from agent.metering.meter import DAY_NS, Meter, OpenWindow, Total
 from agent.metering.record import GENESIS_HASH, Head, Record, Use, append
 from agent.model import (
     ActuatorKind,
@@ -103,6 +103,12 @@ class Ledger:
         return not (self._sessions or self._armed or self._recovered or self.unsaved)
 
     # --- sessions --------------------------------------------------------------
+
+    @property
+    def shortest_age_ns(self) -> int:
+        """Shortest of the ages at which a signal that is metered counts as silent; a day if none is."""
+        meters = [session.meter for sessions in self._sessions.values() for session in sessions]
+        return min((meter.shortest_age_ns for meter in meters), default=DAY_NS)
 
     def is_metering(self, feature_id: str) -> bool:
         """Whether sessions of a feature are at work."""

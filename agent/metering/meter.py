@@ -38,6 +38,7 @@ SPEED_MARGIN = 1.2
 """An odometer that runs more than 20 % ahead of the speed signal is implausible."""
 FASTEST_KMH = 500.0
 """No road vehicle is faster: what bounds a way while the speed signal says nothing."""
+DAY_NS = 24 * 3600 * 1_000_000_000
 _NS_PER_MS = 1_000_000
 _NS_PER_H = 3_600_000_000_000
 
@@ -153,6 +154,9 @@ class Meter:
             inputs.append(confirmation.name)
         self.inputs = tuple(dict.fromkeys(inputs))
         self._known = frozenset(self.inputs) | ({spec.speed} if spec.speed else frozenset())
+        ages = [self._infos[name].max_age_ns for name in self._known if name in self._infos]
+        self.shortest_age_ns = min(ages, default=DAY_NS)
+        """Shortest age at which one of its signals counts as silent."""
         self.totals: dict[Dimensions, Total] = {}
         self.mark_ns = 0
         """Everything before this moment is settled."""
@@ -273,19 +277,29 @@ class Meter:
         A hole becomes a gap: nothing heard for longer than its maximum age, or
         frames lost in between, which may have said something else.
         """
+        holes: list[tuple[str, int]] = []
+        begins: list[int | None] = []
         for name in self.inputs:
             seen = batch.seen_ns.get(name)
             if seen is None:
                 continue
             before = self._seen.get(name)
             is_long = before is None or seen - before > self._infos[name].max_age_ns
-            hole = is_long or name in batch.broken
             # Two readings of an odometer tell the distance between them, however far apart.
-            if hole and name != self._odometer_name():
-                if before is not None and not self._unknown:
-                    self._replay(min(before, self._frontier(before)))
-                self._skip(seen, heard=True)
-            self._seen[name] = seen
+            if (is_long or name in batch.broken) and name != self._odometer_name():
+                if not is_long and before is not None:
+                    before = self._seen[name] = max(before, batch.broken[name])
+                holes.append((name, seen))
+                begins.append(before)
+            else:
+                self._seen[name] = seen
+        if not holes:
+            return
+        known = [before for before in begins if before is not None]
+        if len(known) == len(begins) and not self._unknown:
+            self._replay(min(*known, self._frontier(min(known))))
+        self._seen.update(holes)
+        self._skip(max(seen for _, seen in holes), heard=True)
 
     def _is_silent(self, now_ns: int) -> bool:
         """Whether an input is too old to say what is going on now."""

@@ -22,6 +22,8 @@ from agent.signals import checks
 from agent.signals.decoder import decoder, reader, taker
 from agent.signals.table import CAN_EFF_FLAG, MessageRow, Table, parameter_group
 
+HURT_NS: Final = 1_000_000_000
+"""For so long after the last good frame before a loss the signals' course is told at once."""
 _NS_PER_MS: Final = 1_000_000
 _FEW_SIGNALS: Final = 4
 _FLAGS: Final = 0xE000_0000  # extended, remote, error (include/uapi/linux/can.h)
@@ -146,11 +148,15 @@ class Collector:
         """The same since the last batch, as far as it is noted."""
         self._broken: dict[str, int] = {}
         """Names whose course is broken, and when each was last seen before that; -1: never."""
-        self._mended: set[str] = set()
-        """Names that were broken, and seen again, since the last batch."""
+        self._mended: dict[str, int] = {}
+        """Names that were broken, and seen again, since the last batch, and when they were seen before."""
         self._taken_ns: dict[str, int] = {}
         """When the value of a signal with an interval was taken."""
         self._changes: list[SignalChange] = []
+        self._looked = 0
+        """Changes that `is_urgent` has seen."""
+        self._hurt_until_ns = 0
+        """Until when what came after a loss should be drained soon, so that no more than it is declared."""
 
     def feed(self, bus: str, frames: Iterable[tuple[int, bytes, int]]) -> None:
         """Takes frames of one bus in the order of their times.
@@ -206,6 +212,20 @@ class Collector:
             message.next_counter = None  # what the jump would show is said already
             self._break(message)
 
+    def is_urgent(self, names: frozenset[str], now_ns: int) -> bool:
+        """Whether `drain` should not wait: a signal of these has changed, or frames were lost a moment ago.
+
+        Args:
+            names: VSS names.
+            now_ns: of the latest frame.
+        """
+        if now_ns < self._hurt_until_ns:
+            return True
+        if not names:
+            return False
+        begin, self._looked = self._looked, len(self._changes)
+        return any(change.name in names for change in self._changes[begin:])
+
     def drain(self) -> SignalBatch:
         """What has come since the last call."""
         for messages in self._buses.values():
@@ -215,11 +235,10 @@ class Collector:
         if self._broken:
             for name in self._broken.keys() & seen_ns.keys():
                 if seen_ns[name] > self._broken[name]:
-                    self._mended.add(name)
-                    del self._broken[name]
-        batch = SignalBatch(tuple(self._changes), MappingProxyType(seen_ns), frozenset(self._mended))
+                    self._mended.setdefault(name, self._broken.pop(name))
+        batch = SignalBatch(tuple(self._changes), MappingProxyType(seen_ns), MappingProxyType(self._mended))
         self._seen_ns.update(seen_ns)
-        self._changes, self._fresh_ns, self._mended = [], {}, set()
+        self._changes, self._fresh_ns, self._mended, self._looked = [], {}, {}, 0
         return batch
 
     @property
@@ -312,6 +331,8 @@ class Collector:
         if message.broken_ns == message.at_ns and message.at_ns is not None:
             return
         message.broken_ns = message.at_ns
+        if message.at_ns is not None:
+            self._hurt_until_ns = max(self._hurt_until_ns, message.at_ns + HURT_NS)
         self._note(message)
         for name in message.names:
             self._break_name(name)
@@ -319,8 +340,9 @@ class Collector:
     def _break_name(self, name: str) -> None:
         last_ns = self._last_seen_ns(name)
         seen_ns = -1 if last_ns is None else last_ns
-        if seen_ns > self._broken.get(name, seen_ns):
-            self._mended.add(name)
+        before_ns = self._broken.get(name, seen_ns)
+        if seen_ns > before_ns:
+            self._mended.setdefault(name, before_ns)
         self._broken[name] = seen_ns
 
 

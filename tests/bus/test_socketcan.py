@@ -8,7 +8,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -210,7 +210,7 @@ def test_drops_reach_the_agent_with_their_bounds(
     stalled, go_on = threading.Event(), threading.Event()
     listener = Listener()
 
-    def on_frames(name: str, frames: list[RawFrame]) -> None:
+    def on_frames(name: str, frames: Sequence[RawFrame]) -> None:
         listener.on_frames(name, frames)
         stalled.set()
         assert go_on.wait(10)
@@ -308,7 +308,6 @@ def test_a_babbling_identifier_does_not_hide_the_others(station: KernelStation, 
             peer.close()
         expected = 100 + (sent if is_wanted else 0)
         wait_until(lambda: bus.counts.frames + bus.counts.dropped == expected)
-        bus.taken(len(listener.frames))
         for can_id in (other, 0x7E8):
             assert [f.data[0] for f in listener.frames if f.can_id == can_id] == list(range(50))
         assert bus.counts.dropped == sum(count for _, _, count in listener.drops)

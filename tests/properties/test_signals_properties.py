@@ -169,14 +169,14 @@ class Model:
 
     values: dict[str, SignalValue] = field(default_factory=dict)
     seen: dict[str, int] = field(default_factory=dict)
-    torn: set[str] = field(default_factory=set)
-    """Names that a loss followed since they were seen."""
+    torn: dict[str, int] = field(default_factory=dict)
+    """Names that a loss followed since they were seen, and when that was; -1: never."""
     changes: list[tuple[str, SignalValue, int, int | None]] = field(default_factory=list)
     fresh: dict[str, int] = field(default_factory=dict)
-    broken: set[str] = field(default_factory=set)
+    broken: dict[str, int] = field(default_factory=dict)
 
     def lose(self, row: MessageRow) -> None:
-        self.torn |= {s.vss for s in row.signals}
+        self.torn |= {s.vss: self.seen.get(s.vss, -1) for s in row.signals}
 
     def take(self, row: MessageRow, payload: bytes, at_ns: int) -> None:
         if len(payload) < row.length:
@@ -189,12 +189,11 @@ class Model:
             self.values[name] = value
             self.seen[name] = self.fresh[name] = at_ns
             if name in self.torn:
-                self.torn.discard(name)
-                self.broken.add(name)
+                self.broken.setdefault(name, self.torn.pop(name))
 
-    def drain(self) -> tuple[list[tuple[str, SignalValue, int, int | None]], dict[str, int], set[str]]:
+    def drain(self) -> tuple[list[tuple[str, SignalValue, int, int | None]], dict[str, int], dict[str, int]]:
         drained = self.changes, self.fresh, self.broken
-        self.changes, self.fresh, self.broken = [], {}, set()
+        self.changes, self.fresh, self.broken = [], {}, {}
         return drained
 
 
@@ -221,7 +220,7 @@ def test_no_change_is_missed_and_none_is_made_up(steps: list[tuple[str, int, byt
                 changes, fresh, broken = model.drain()
                 assert [tuple(change) for change in batch.changes] == changes
                 assert dict(batch.seen_ns) == fresh
-                assert batch.broken == broken
+                assert dict(batch.broken) == broken
                 state.apply(batch)
                 assert {n: state.value(n, at_ns) for n in model.values} == model.values
             case "lost":

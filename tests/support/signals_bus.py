@@ -51,7 +51,7 @@ class Listener:
         self.drops: list[tuple[int, int, int]] = []
         self.order: list[str] = []
 
-    def on_frames(self, name: str, frames: list[RawFrame]) -> None:
+    def on_frames(self, name: str, frames: Sequence[RawFrame]) -> None:
         assert name
         self.order.append("frames")
         self.batches.append(list(frames))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from typing import Any
@@ -15,7 +15,6 @@ from support.signals_bus import FakeBus, FakeGarage, Listener, wait_until
 
 from agent.adapters.bus import CAN_EFF_FLAG, CAN_ERR_FLAG, BusEndedError, BusLostError, RawFrame
 from agent.adapters.can_bus import (
-    MAX_WAITING_FRAMES,
     NEXT_STATES,
     BusState,
     CanBus,
@@ -228,36 +227,6 @@ def test_an_overflow_of_the_controller_is_declared_at_its_place() -> None:
     assert bus.counts.dropped == 1
 
 
-def test_frames_that_nobody_takes_are_thinned_out_then_dropped_and_declared() -> None:
-    listener, garage = Listener(), FakeGarage()
-    batch = [frame(0x100, at_ns) for at_ns in range(4000)]
-    with running(fake_bus(listener, garage, monotonic_ns=lambda: 0)) as bus:
-        fake = first_bus(garage)
-        for _ in range(8):
-            fake.items.put([*batch, frame(0x200, 4000)])
-        wait_until(lambda: len(listener.batches) == 8)
-        whole = [len(b) == 4001 for b in listener.batches]
-        assert whole == [True] * 5 + [False] * 3
-        # A flood of one identifier does not hide the other.
-        assert [[(f.can_id, f.at_ns) for f in b] for b in listener.batches[5:]] == [
-            [(0x100, 3999), (0x200, 4000)]
-        ] * 3
-        assert [count for _, _, count in listener.drops] == [3999] * 3
-        # More identifiers than can be, and still nobody takes them: now nothing is handed on.
-        many = [frame(can_id) for can_id in range(2 * MAX_WAITING_FRAMES)]
-        fake.items.put(many)
-        wait_until(lambda: len(listener.batches) == 9)
-        fake.items.put(many)
-        wait_until(lambda: len(listener.drops) == 4)
-        assert listener.drops[3][2] == len(many)
-        assert len(listener.batches) == 9
-        bus.taken(len(listener.frames))
-        fake.items.put(batch)
-        wait_until(lambda: len(listener.batches) == 10)
-        assert len(listener.batches[9]) == 4000
-    assert bus.counts.frames + bus.counts.dropped == 8 * 4001 + 2 * len(many) + 4000
-
-
 def test_damaged_frames_of_every_opening_are_counted() -> None:
     listener, garage = Listener(), FakeGarage()
     with running(fake_bus(listener, garage)) as bus:
@@ -331,7 +300,7 @@ def test_an_error_of_the_receiver_is_not_taken_for_a_loss(monkeypatch: pytest.Mo
     monkeypatch.setattr(threading, "excepthook", lambda arguments: raised.append(arguments.exc_value))
     listener, garage = Listener(), FakeGarage()
 
-    def on_frames(_name: str, _frames: list[RawFrame]) -> None:
+    def on_frames(_name: str, _frames: Sequence[RawFrame]) -> None:
         raise ValueError("a bug")
 
     bus = CanBus("body", "fake", "c0", on_frames=on_frames, on_state=listener.on_state, open_bus=garage)

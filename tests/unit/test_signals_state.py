@@ -192,14 +192,14 @@ def test_a_loss_is_said_with_the_next_frame_and_once() -> None:
     feed(collector, speeds(100, 10))
     collector.drain()
     collector.lost("b")
-    assert collector.drain().broken == frozenset()
+    assert collector.drain().broken == {}
     feed(collector, speeds(100, 30))
     batch = collector.drain()
     assert batch.changes == ()
     assert batch.seen_ns == {"Vehicle.Speed": 30 * MS}
-    assert batch.broken == {"Vehicle.Speed"}
+    assert batch.broken.keys() == {"Vehicle.Speed"}
     feed(collector, speeds(100, 50))
-    assert collector.drain().broken == frozenset()
+    assert collector.drain().broken == {}
 
 
 def test_a_loss_after_the_last_frame_of_a_window_belongs_to_the_next() -> None:
@@ -208,9 +208,9 @@ def test_a_loss_after_the_last_frame_of_a_window_belongs_to_the_next() -> None:
     collector.lost("b")
     feed(collector, speeds(100, 20))
     collector.lost("b")
-    assert collector.drain().broken == {"Vehicle.Speed"}
+    assert collector.drain().broken.keys() == {"Vehicle.Speed"}
     feed(collector, speeds(100, 30))
-    assert collector.drain().broken == {"Vehicle.Speed"}
+    assert collector.drain().broken.keys() == {"Vehicle.Speed"}
 
 
 def test_a_loss_of_another_bus_breaks_nothing() -> None:
@@ -218,22 +218,22 @@ def test_a_loss_of_another_bus_breaks_nothing() -> None:
     feed(collector, speeds(100, 10))
     collector.lost("other")
     feed(collector, speeds(100, 20))
-    assert collector.drain().broken == frozenset()
+    assert collector.drain().broken == {}
 
 
 def test_frames_that_cannot_be_used_break_the_course() -> None:
     for spoilt in (gear(3, 6, 20, crc_error=1), gear(3, 15, 20), Frame("b", 164, b"\1", 20 * MS)):
         collector = checked_collector()
         feed(collector, gear(3, 5, 10), spoilt, gear(3, 7, 30))
-        assert collector.drain().broken == {"Vehicle.Gear"}
+        assert collector.drain().broken.keys() == {"Vehicle.Gear"}
 
 
 def test_a_jump_of_the_counter_breaks_the_course_and_a_repeated_one_does_not() -> None:
     collector = checked_collector()
     feed(collector, gear(3, 5, 10), gear(3, 8, 20))
-    assert collector.drain().broken == {"Vehicle.Gear"}
+    assert collector.drain().broken.keys() == {"Vehicle.Gear"}
     feed(collector, gear(3, 8, 30), gear(3, 9, 40))
-    assert collector.drain().broken == frozenset()
+    assert collector.drain().broken == {}
 
 
 def test_after_a_loss_any_counter_begins_anew() -> None:
@@ -248,7 +248,7 @@ def test_a_text_that_is_not_listed_breaks_the_course_of_its_signal_alone() -> No
     collector = small_collector(STATE, SPEED)
     feed(collector, speeds(100, 10, state=1), speeds(100, 20, state=7), speeds(100, 30, state=1))
     batch = collector.drain()
-    assert batch.broken == {"Vehicle.State"}
+    assert batch.broken.keys() == {"Vehicle.State"}
     assert batch.seen_ns == {"Vehicle.State": 30 * MS, "Vehicle.Speed": 30 * MS}
     assert [c.value for c in batch.changes if c.name == "Vehicle.State"] == ["ON"]
 
@@ -265,7 +265,7 @@ def test_between_two_values_lies_the_interval_and_what_is_skipped_breaks_the_cou
         (0.02, 120 * MS, 0),
     ]
     assert batch.seen_ns == {"Vehicle.Speed": 140 * MS}
-    assert batch.broken == {"Vehicle.Speed"}
+    assert batch.broken.keys() == {"Vehicle.Speed"}
 
 
 def test_a_value_that_came_and_went_within_the_interval_is_not_counted_through() -> None:
@@ -274,7 +274,7 @@ def test_a_value_that_came_and_went_within_the_interval_is_not_counted_through()
     batch = collector.drain()
     assert [c.value for c in batch.changes] == [0.01]
     assert batch.seen_ns == {"Vehicle.Speed": 40 * MS}
-    assert batch.broken == {"Vehicle.Speed"}
+    assert batch.broken.keys() == {"Vehicle.Speed"}
 
 
 # --- SAE J1939 ---------------------------------------------------------------
