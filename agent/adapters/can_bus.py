@@ -390,8 +390,8 @@ class CanBus:
     def _hand_on(self, frames: Sequence[RawFrame]) -> None:
         if frames:
             self._heard_ns = max(self._heard_ns, frames[-1].at_ns)
-            self.counts.frames += len(frames)
             self._on_frames(self.name, frames)
+            self.counts.frames += len(frames)
 
     def _declare(self, until_ns: int, count: int) -> None:
         self.counts.dropped += count

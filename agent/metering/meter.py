@@ -335,6 +335,8 @@ class Meter:
                     moved_m = self.odometer_m - first_m
                 self._total(key).add_gap(moved_m, reason)
             self.mark_ns = until_ns
+        else:
+            self._absorb(until_ns)
         self._unknown = not heard or self._lacks_value()
         self._status = None if self._unknown else self._judge()
         self._segment = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 from hypothesis import given, settings
@@ -208,8 +209,14 @@ def payload_of(signal: str, raw: int, counter: int) -> bytes:
     return bytes([j1850_crc(can_id.to_bytes(2, "little") + body)]) + body
 
 
-def driven(phases: tuple[Phase, ...], name: str, offset_m: int) -> tuple[float, int, int]:
-    """Drives in steps of a millisecond; returns (truth, value, gap) in ms or m."""
+def driven(
+    phases: tuple[Phase, ...], name: str, offset_m: int, gather_ms: int = 20
+) -> tuple[float, int, int]:
+    """Drives in steps of a millisecond; returns (truth, value, gap) in ms or m.
+
+    Args:
+        gather_ms: how long signals gather, unless frames were lost a moment ago.
+    """
     spec = SPECS[name]
     table = simulated_table()
     meter, collector = Meter(spec, table.infos), Collector({BUS: table})
@@ -241,35 +248,44 @@ def driven(phases: tuple[Phase, ...], name: str, offset_m: int) -> tuple[float, 
                     collector.lost(BUS)
                     is_dropping = False
                 collector.feed(BUS, [(MESSAGES[signal][0], payload, now_ms * MS)])
-            if now_ms % 20 == 0:
+            urgent = now_ms % 20 == 0 and collector.is_urgent(frozenset(), now_ms * MS)
+            if now_ms % gather_ms == 0 or urgent:
                 meter.observe(collector.drain(), now_ms * MS)
             moved_m = phase.kmh / 3600
             if phase.heat or spec.condition is None:
                 truth += moved_m if spec.kind is MeterKind.DISTANCE else 1.0
             position_m += moved_m
             now_ms += 1
+    meter.observe(collector.drain(), now_ms * MS)
     meter.close(now_ms * MS)
     totals = meter.totals_now().values()
     return truth, sum(t.value for t in totals), sum(t.gap for t in totals)
 
 
 @settings(max_examples=150, deadline=None)
-@given(DRIVES, st.sampled_from(sorted(SPECS)), st.integers(0, STEP_M - 1))
+@given(DRIVES, st.sampled_from(sorted(SPECS)), st.integers(0, STEP_M - 1), st.sampled_from([20, 250]))
 def test_the_truth_lies_there_too_where_frames_are_lost_or_damaged(
-    phases: tuple[Phase, ...], name: str, offset_m: int
+    phases: tuple[Phase, ...], name: str, offset_m: int, gather_ms: int
 ) -> None:
-    truth, value, gap = driven(phases, name, offset_m)
+    truth, value, gap = driven(phases, name, offset_m, gather_ms)
     assert value <= truth + 1e-6, f"{name}: billed {value}, truth {truth}"
     assert truth <= value + gap + 1e-6, f"{name}: truth {truth}, declared up to {value + gap}"
 
 
 def test_a_loss_costs_no_more_than_the_time_around_it() -> None:
     heated = Phase(30, 60, True, "", HEAT)
-    for lost in ("dropped", "unseen", "damaged", "short"):
-        truth, value, gap = driven((heated, Phase(8, 60, False, lost, HEAT), heated), "heated time", 0)
+    for lost, gather_ms in itertools.product(("dropped", "unseen", "damaged", "short"), (20, 250)):
+        drive = (heated, Phase(8, 60, False, lost, HEAT), heated)
+        truth, value, gap = driven(drive, "heated time", 0, gather_ms)
         assert truth == 6000
-        assert 5600 <= value <= 6000
-        assert 900 <= gap <= 1300, lost
+        assert 5600 <= value <= 6000, (lost, gather_ms)
+        assert 900 <= gap <= 1300, (lost, gather_ms)
+
+
+def test_what_gathers_is_metered_as_what_does_not() -> None:
+    drive = (Phase(30, 60, True, "", HEAT), Phase(13, 0, False, "", HEAT), Phase(30, 130, True, "", HEAT))
+    for name in SPECS:
+        assert driven(drive, name, 0, 250) == driven(drive, name, 0, 20), name
 
 
 def test_a_loss_is_not_said_where_nothing_was_lost() -> None:
