@@ -112,7 +112,13 @@ class MeterKind(enum.Enum):
     """What a meter measures."""
 
     DURATION = "duration"
+    """Milliseconds."""
     DISTANCE = "distance"
+    """Metres."""
+    ENERGY = "energy"
+    """Milliwatt-hours."""
+    COUNT = "count"
+    """Events."""
 
 
 class ConditionSpec(NamedTuple):
@@ -140,9 +146,15 @@ class MeterSpec:
     """One meter of a feature.
 
     Args:
-        condition: when it counts, besides the feature being active; None: always.
+        condition: when it counts, besides the feature being active; None: always. Of a
+            count without a counter: the event is that it comes true.
         odometer: VSS name of the odometer in km (distance only).
-        speed: VSS name of the speed in km/h for the cross-check (distance only).
+        speed: VSS name of the speed in km/h, cross-check and fine part (distance only).
+        counter: VSS name of a cumulative counter, in kWh (energy) or events (count).
+        power: VSS name of the power in W: cross-check of the counter, or added up (energy).
+        wraps_at: reading at which the counter begins at 0 again; 0: it does not.
+        debounce_ms: for so long an event must last (count without a counter).
+        at_most_per_h: units in an hour that are never exceeded; 0: the kind's own limit.
     """
 
     meter_id: str
@@ -151,6 +163,16 @@ class MeterSpec:
     dimensions: tuple[DimensionSpec, ...] = ()
     odometer: str | None = None
     speed: str | None = None
+    counter: str | None = None
+    power: str | None = None
+    wraps_at: int = 0
+    debounce_ms: int = 0
+    at_most_per_h: int = 0
+
+    @property
+    def cumulative(self) -> str | None:
+        """VSS name of the signal that says how much there was ever."""
+        return self.odometer or self.counter
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +250,7 @@ class FeatureSpec:
         conditions = [self.activate_when, self.release_when]
         names: set[str] = set()
         for meter in self.meters:
-            names.update(n for n in (meter.odometer, meter.speed) if n)
+            names.update(n for n in (meter.cumulative, meter.speed, meter.power) if n)
             conditions += [meter.condition] if meter.condition else []
             conditions += [c for d in meter.dimensions for _, c in d.values]
         return frozenset(names.union(*(c.inputs for c in conditions)))

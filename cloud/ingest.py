@@ -68,7 +68,12 @@ _JOURNAL = re.compile(r"[0-9a-f]{16}")
 _GENESIS = bytes(32)
 # An agent that was down may have missed nothing, or an amount that it does not know.
 _REASONS_WITHOUT_GAP = (usage_pb2.GAP_REASON_UNSPECIFIED, usage_pb2.GAP_REASON_AGENT_DOWN)
-_UNITS = {"duration": usage_pb2.UNIT_MILLISECOND, "distance": usage_pb2.UNIT_METRE}
+_UNITS = {
+    "duration": usage_pb2.UNIT_MILLISECOND,
+    "distance": usage_pb2.UNIT_METRE,
+    "energy": usage_pb2.UNIT_MILLIWATT_HOUR,
+    "count": usage_pb2.UNIT_ONE,
+}
 
 Units = Mapping[tuple[str, str], frozenset[int]]
 """By feature and meter: the units in which it counts."""

@@ -36,7 +36,7 @@ class Release:
         path: target path in the catalogue repository.
         content: the signed bytes.
         feature_number: number in a token; 0 if the ECU verifies none.
-        meters: meter id -> kind, "duration" or "distance".
+        meters: meter id -> kind: "duration", "distance", "energy" or "count".
         withdrawn: no new grants; existing rights go on.
     """
 

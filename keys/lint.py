@@ -86,6 +86,8 @@ class MeterKind(enum.Enum):
 
     DURATION = "duration"
     DISTANCE = "distance"
+    ENERGY = "energy"
+    COUNT = "count"
 
 
 @dataclass(frozen=True)
@@ -237,6 +239,19 @@ class Dimension:
         yield from _count_problems("values", [v.value for v in self.values], 1, MAX_VALUES)
 
 
+_COUNTED = frozenset({MeterKind.ENERGY, MeterKind.COUNT})
+_KINDS_WITH = {
+    "odometer": frozenset({MeterKind.DISTANCE}),
+    "speed": frozenset({MeterKind.DISTANCE}),
+    "counter": _COUNTED,
+    "power": frozenset({MeterKind.ENERGY}),
+    "wraps_at": _COUNTED,
+    "debounce_ms": frozenset({MeterKind.COUNT}),
+    "at_most_per_h": _COUNTED | {MeterKind.DISTANCE},
+}
+"""By key of [[meters]]: the kinds of meter that have it."""
+
+
 @dataclass(frozen=True)
 class Meter:
     """Table [[meters]]."""
@@ -245,19 +260,37 @@ class Meter:
     kind: MeterKind = option()
     odometer: str | None = None
     speed: str | None = None
+    counter: str | None = None
+    power: str | None = None
+    wraps_at: int | None = option(default=None, minimum=1, maximum=2**53)
+    debounce_ms: int | None = option(default=None, minimum=1, maximum=60_000)
+    at_most_per_h: int | None = option(default=None, minimum=1, maximum=1_000_000_000_000)
     when: str | None = None
     inputs: tuple[str, ...] | None = None
     dimensions: tuple[Dimension, ...] = ()
 
     def problems(self) -> Problems:
-        """Distance needs its two signals; a condition needs its inputs."""
+        """Each kind needs its signals and has no others; a condition needs its inputs."""
+        has = {name: getattr(self, name) is not None for name in _KINDS_WITH}
+        for name, kinds in _KINDS_WITH.items():
+            if has[name] and self.kind not in kinds:
+                yield name, f"only a meter of kind {' or '.join(sorted(k.value for k in kinds))} has it"
         for name in ("odometer", "speed"):
-            value = getattr(self, name)
-            if self.kind is MeterKind.DISTANCE and value is None:
+            if self.kind is MeterKind.DISTANCE and not has[name]:
                 yield name, "missing; a distance meter needs it"
-            elif self.kind is not MeterKind.DISTANCE and value is not None:
-                yield name, "only a distance meter has it"
-            elif value is not None and not _VSS_NAME.fullmatch(value):
+        if self.kind is MeterKind.ENERGY and not (has["counter"] or has["power"]):
+            yield "counter", "missing; an energy meter needs counter, power or both"
+        if self.kind is MeterKind.COUNT and not has["counter"] and self.when is None:
+            yield "when", "missing; it is the event that is counted, unless a counter is named"
+        if has["wraps_at"] and not has["counter"]:
+            yield "wraps_at", "only a counter begins anew"
+        if has["debounce_ms"] and has["counter"]:
+            yield "debounce_ms", "a counter has no edges"
+        if has["at_most_per_h"] and self.kind is MeterKind.COUNT and not has["counter"]:
+            yield "at_most_per_h", "events are bounded by debounce_ms"
+        for name in ("odometer", "speed", "counter", "power"):
+            value = getattr(self, name)
+            if value is not None and not _VSS_NAME.fullmatch(value):
                 yield name, f"expected a VSS name, found {value!r}"
         if (self.when is None) != (self.inputs is None):
             yield "when", "when and inputs are given together or not at all"

@@ -11,11 +11,13 @@ the agent die before the answer, that time is declared as well.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from agent.features.conditions import Condition
 from agent.metering.meter import DAY_NS, Meter, OpenWindow, Total
+from agent.metering.quantity import MAX_READING, READINGS
 from agent.metering.record import GENESIS_HASH, Head, Record, Use, append
 from agent.model import (
     ActuatorKind,
@@ -25,10 +27,9 @@ from agent.model import (
     MeterSpec,
     SignalBatch,
     SignalInfo,
-    SignalValue,
     TrustedTime,
-    odometer_metres,
 )
+from agent.signals import units
 from agent.signals.state import SignalState
 
 MAX_AMOUNT = 1_000_000_000_000
@@ -129,7 +130,7 @@ class Ledger:
                 spec.feature_id,
                 meter,
                 entitlement,
-                _metres(signals, meter.odometer, now_ns),
+                self._reading(signals, meter.kind, meter.cumulative, now_ns),
                 now_ns=now_ns,
                 now=now,
             )
@@ -151,7 +152,7 @@ class Ledger:
             if window.kind is MeterKind.DURATION:
                 total.gap = -(-(now_ns - window.mark_ns) // _NS_PER_MS)
             else:
-                total.gap = self._step_m(window)
+                total.gap = self._step(window)
             end_ms = max(window.start_ms, now.unix_ms)
             self._book(window, (), total, end_ms, signed=now.source == "signed")
 
@@ -183,13 +184,10 @@ class Ledger:
         for meter_spec in spec.meters:
             confirmation = _confirmation(spec, meter_spec)
             meter = Meter(meter_spec, self._infos, confirmation)
-            wanted = (*meter.inputs, *([meter_spec.speed] if meter_spec.speed else []))
-            values: dict[str, SignalValue | None] = {n: signals.value(n, now_ns) for n in wanted}
-            seen = signals.seen_ns
+            last, seen = signals.last, signals.seen_ns
             if confirmation is not None:
-                values[confirmation.name] = True
-                seen = {**seen, confirmation.name: now_ns}
-            meter.open(now_ns, values, seen, unsure_ns=unsure_ns)
+                last, seen = {**last, confirmation.name: True}, {**seen, confirmation.name: now_ns}
+            meter.open(now_ns, last, seen, unsure_ns=unsure_ns)
             session = _Session(
                 meter,
                 entitlement,
@@ -221,12 +219,12 @@ class Ledger:
         for feature_id, sessions in self._sessions.items():
             confirmed_ns = self._confirmed_ns.get(feature_id)
             for session in sessions:
-                unread = session.meter.odometer_m is None
+                unread = session.meter.reading is None
                 heard = batch
                 if session.confirmed_by and confirmed_ns is not None:
                     heard = replace(batch, seen_ns={**batch.seen_ns, session.confirmed_by: confirmed_ns})
                 session.meter.observe(heard, now_ns)
-                first |= unread and session.meter.odometer_m is not None
+                first |= unread and session.meter.reading is not None
         return first
 
     def stop(self, feature_id: str, *, now_ns: int, now: TrustedTime) -> None:
@@ -295,12 +293,12 @@ class Ledger:
         """
         waiting: list[OpenWindow] = []
         for window in self._recovered:
-            odometer_m = _metres(signals, window.odometer, now_ns)
-            unread = odometer_m is None and window.odometer_m is not None
+            reading = self._reading(signals, window.kind, window.odometer, now_ns)
+            unread = reading is None and window.odometer_m is not None
             if unread or not is_seen(window.feature_id):
                 waiting.append(window)
             else:
-                self._declare_down(window, odometer_m, now_ns=now_ns, now=now)
+                self._declare_down(window, reading, now_ns=now_ns, now=now)
         declared = len(waiting) < len(self._recovered)
         self._recovered = waiting
         return declared
@@ -322,15 +320,15 @@ class Ledger:
         self._recovered = kept
 
     def _declare_down(
-        self, window: OpenWindow, odometer_m: int | None, *, now_ns: int, now: TrustedTime
+        self, window: OpenWindow, reading: int | None, *, now_ns: int, now: TrustedTime
     ) -> None:
         total = Total(reason="AGENT_DOWN")
-        if window.kind is MeterKind.DISTANCE:
-            before_m = window.odometer_m
-            if odometer_m is None or before_m is None or odometer_m < before_m:
+        if window.kind is not MeterKind.DURATION:
+            before = window.odometer_m
+            if reading is None or before is None or reading < before:
                 total.unbounded = True
             else:
-                total.gap = odometer_m - before_m + self._step_m(window)
+                total.gap = reading - before + self._step(window)
         elif self._same_boot:
             total.gap = -(-(now_ns - window.mark_ns) // _NS_PER_MS)
         else:
@@ -342,9 +340,24 @@ class Ledger:
         end_ms = max(window.mark_ms, now.unix_ms)
         self._book(window, (), total, end_ms, signed=now.source == "signed")
 
-    def _step_m(self, window: OpenWindow) -> int:
+    def _step(self, window: OpenWindow) -> int:
+        """Step of a window's odometer or counter, in the meter's unit; 1 if it is not known."""
+        scale = self._scale(window.kind, window.odometer)
         info = self._infos.get(window.odometer or "")
-        return max(1, round(info.resolution * 1000)) if info else 1
+        return max(1, math.ceil(round(info.resolution * scale, 6))) if info else 1
+
+    def _scale(self, kind: MeterKind, counter: str | None) -> float:
+        """Units of a meter in one unit of its odometer or counter."""
+        unit, per_reading = READINGS[kind]
+        info = self._infos.get(counter or "")
+        return (units.factor(info.unit if info else "", unit) or 1.0) * per_reading
+
+    def _reading(self, signals: SignalState, kind: MeterKind, counter: str | None, now_ns: int) -> int | None:
+        """What an odometer or counter says now, in the meter's unit; None if it is unknown."""
+        value = signals.value(counter, now_ns) if counter else None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_READING:
+            return None
+        return round(value * self._scale(kind, counter))
 
     # --- records -------------------------------------------------------------------
 
@@ -370,8 +383,8 @@ class Ledger:
             start_ms=session.start_ms,
             mark_ns=meter.mark_ns,
             mark_ms=session.start_ms,
-            odometer=meter.spec.odometer,
-            odometer_m=meter.odometer_m,
+            odometer=meter.spec.cumulative,
+            odometer_m=meter.reading,
         )
 
     def _book(
@@ -450,16 +463,11 @@ def check_conditions(spec: FeatureSpec) -> None:
         Meter(meter, {})
 
 
-def _metres(signals: SignalState, odometer: str | None, now_ns: int) -> int | None:
-    """An odometer's reading from VSS kilometres; None if it is unknown."""
-    return odometer_metres(signals.value(odometer, now_ns)) if odometer else None
-
-
 def _window(
     feature_id: str,
     meter: MeterSpec,
     entitlement: Entitlement,
-    odometer_m: int | None,
+    reading: int | None,
     *,
     now_ns: int,
     now: TrustedTime,
@@ -475,6 +483,6 @@ def _window(
         start_ms=now.unix_ms,
         mark_ns=now_ns,
         mark_ms=now.unix_ms,
-        odometer=meter.odometer,
-        odometer_m=odometer_m,
+        odometer=meter.cumulative,
+        odometer_m=reading,
     )

@@ -1,51 +1,56 @@
-"""Meters: how long, or how far, a feature was really used.
+"""Meters: how long, how far, how much or how often a feature was really used.
 
 Pure. All results are integers, and every result is a pair (value, gap): the
-truth lies in [value, value + gap]. Value counts only what frames confirm:
-time between two frames that both show the condition met, distance between two
-odometer readings less the step in which the edge fell. Whatever lies between
-the frames around an edge, in a silence longer than a signal's maximum age, or
-behind an implausible odometer, goes into the gap.
+truth lies in [value, value + gap]. Value counts only what frames confirm. Whatever
+lies between the frames around an edge, in a silence longer than a signal's maximum
+age, or behind an implausible reading, goes into the gap.
+
+A meter knows two things: under which dimensions use counts now (the status, from
+the conditions), and where the quantity stands (`agent.metering.quantity`). A run
+is a stretch of one status. It is certain between the first frame that shows it and
+the last one that does, and possible from the frame before to the one after.
 
 Limit: a state that comes and goes between two frames of a signal, less than its
 maximum age apart, is not seen; the age is chosen below the shortest state.
 
 Changes are settled in the order of their frames, and only up to the frontier:
-the moment up to which every input was heard.
+the moment up to which every signal was heard.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from agent.errors import ConditionError
 from agent.features.conditions import Condition
-from agent.model import (
-    MeterKind,
-    MeterSpec,
-    SignalBatch,
-    SignalChange,
-    SignalInfo,
-    SignalValue,
-    odometer_metres,
+from agent.metering.quantity import (
+    FASTEST_M_PER_H,
+    MARGIN,
+    MOST_EVENTS_PER_H,
+    STRONGEST_MILLIWATT,
+    Course,
+    Cumulative,
+    Edges,
+    Elapsed,
+    Integral,
+    Position,
+    Quantity,
+    least,
+    most,
 )
+from agent.model import MeterKind, MeterSpec, SignalBatch, SignalInfo, SignalValue
 
 Dimensions = tuple[tuple[str, str], ...]
 """Dimension names and values, sorted by name."""
 
-SPEED_MARGIN = 1.2
-"""An odometer that runs more than 20 % ahead of the speed signal is implausible."""
-FASTEST_KMH = 500.0
-"""No road vehicle is faster: what bounds a way while the speed signal says nothing."""
 DAY_NS = 24 * 3600 * 1_000_000_000
 _NS_PER_MS = 1_000_000
-_NS_PER_H = 3_600_000_000_000
 
 
 @dataclass(slots=True)
 class Total:
-    """Use within one window: nanoseconds (duration) or metres (distance).
+    """Use within one window, in the unit of the meter or in fine units.
 
     Args:
         value: confirmed.
@@ -70,55 +75,24 @@ class Total:
 
 
 @dataclass(slots=True)
-class _Segment:
-    """A run of one status of a distance meter, by odometer, from `start_ns` on."""
+class _Run:
+    """A stretch of one status.
 
-    first_m: int
-    start_ns: int
-    billed_m: int = 0
+    Args:
+        key: under what use counts, or is declared; None: it does not count.
+        is_known: the status is known; else everything in it is declared.
+        earliest, begin: where it began, at the earliest and for certain.
+        billed, declared: fine units of it in the totals so far.
+        wide: `Position.wide` up to which it is declared.
+    """
 
-
-class _TopSpeed:
-    """The fastest that the speed signal said since the last odometer reading."""
-
-    def __init__(self, max_age_ns: int) -> None:
-        self._max_age_ns = max_age_ns
-        self._now_kmh: float | None = None
-        self._top_kmh: float | None = None
-        self._seen_ns: int | None = None
-        self._silent_until_ns: int | None = None
-        """End of the latest hole since that reading; None: there was none."""
-
-    def hear(self, seen_ns: int | None, *, is_broken: bool = False) -> None:
-        """Takes when the signal was heard; a hole longer than its maximum age bounds nothing.
-
-        Args:
-            is_broken: frames were lost since it was heard before.
-        """
-        if seen_ns is None:
-            return
-        if is_broken or self._seen_ns is None or seen_ns - self._seen_ns > self._max_age_ns:
-            self._silent_until_ns = seen_ns
-        self._seen_ns = seen_ns
-
-    def take(self, value: SignalValue | None) -> None:
-        """Takes a value in km/h."""
-        if isinstance(value, int | float):
-            self._now_kmh = float(value)
-            self._top_kmh = max(self._top_kmh or 0.0, self._now_kmh)
-
-    def restart(self, at_ns: int) -> None:
-        """The odometer was read: from here on only what comes counts."""
-        self._top_kmh = self._now_kmh
-        if self._silent_until_ns is not None and self._silent_until_ns <= at_ns:
-            self._silent_until_ns = None
-
-    def metres(self, elapsed_ns: int, until_ns: int) -> float:
-        """The farthest way in that time."""
-        silent = self._seen_ns is None or until_ns - self._seen_ns > self._max_age_ns
-        unknown = self._top_kmh is None or silent or self._silent_until_ns is not None
-        top_kmh = FASTEST_KMH if unknown else (self._top_kmh or 0.0) * SPEED_MARGIN
-        return top_kmh * 1000 * max(0, elapsed_ns) / _NS_PER_H
+    key: Dimensions | None
+    is_known: bool
+    earliest: Position
+    begin: Position
+    wide: int
+    billed: int = 0
+    declared: int = 0
 
 
 class Meter:
@@ -139,50 +113,47 @@ class Meter:
             ConditionError: an expression does not compile.
         """
         self.spec = spec
-        self._infos = {**infos, confirmation.name: confirmation} if confirmation else infos
-        self._condition = Condition.compile(spec.condition) if spec.condition else None
+        infos = {**infos, confirmation.name: confirmation} if confirmation else infos
+        counts_edges = spec.kind is MeterKind.COUNT and spec.counter is None
+        status = spec.condition if not counts_edges else None
+        self._condition = Condition.compile(status) if status else None
         self._dimensions = tuple(
             (d.name, tuple((value, Condition.compile(c)) for value, c in d.values)) for d in spec.dimensions
         )
-        inputs = list(spec.condition.inputs) if spec.condition else []
+        names = list(status.inputs) if status else []
         for dimension in spec.dimensions:
             for _, condition in dimension.values:
-                inputs += condition.inputs
-        if spec.kind is MeterKind.DISTANCE and spec.odometer:
-            inputs.append(spec.odometer)
+                names += condition.inputs
         if confirmation is not None:
-            inputs.append(confirmation.name)
-        self.inputs = tuple(dict.fromkeys(inputs))
-        self._known = frozenset(self.inputs) | ({spec.speed} if spec.speed else frozenset())
-        ages = [self._infos[name].max_age_ns for name in self._known if name in self._infos]
+            names.append(confirmation.name)
+        self._course = Course(dict.fromkeys(names), infos)
+        self._quantity = quantity_of(spec, infos)
+        self.inputs = tuple(dict.fromkeys([*names, *self._quantity.names]))
+        """VSS names of all signals that it reads."""
+        ages = [infos[name].max_age_ns for name in self.inputs if name in infos]
         self.shortest_age_ns = min(ages, default=DAY_NS)
         """Shortest age at which one of its signals counts as silent."""
-        self.totals: dict[Dimensions, Total] = {}
         self.mark_ns = 0
         """Everything before this moment is settled."""
-        self.odometer_m: int | None = None
-        """Latest odometer reading that was settled."""
-        self._values: dict[str, SignalValue | None] = {}
-        self._seen: dict[str, int] = {}
-        self._queue: list[SignalChange] = []
-        self._status: Dimensions | None = None
-        self._unknown = True
-        self._segment: _Segment | None = None
-        self._odometer_at_ns = 0
-        speed = infos.get(spec.speed or "")
-        self._top_speed = _TopSpeed(speed.max_age_ns if speed else 0)
-        self._run_m = 0
-        self._run_at_ns = 0
-        self._allowed_m = 0.0
-        self._counted_m = 0
+        self.totals: dict[Dimensions, Total] = {}
+        """In fine units."""
+        start = Position(0, 0)
+        self._run = _Run(None, is_known=False, earliest=start, begin=start, wide=0)
+        self._edge_ns, self._edge_begin = 0, start
+        """The last frame that changed the status, and the position at the frame before it."""
+
+    @property
+    def reading(self) -> int | None:
+        """Latest settled reading of the odometer or counter, in the meter's unit; None if there is none."""
+        return self._quantity.reading if isinstance(self._quantity, Cumulative) else None
 
     # --- life ------------------------------------------------------------
 
     def open(
         self,
         now_ns: int,
-        values: Mapping[str, SignalValue | None],
-        seen: Mapping[str, int],
+        last: Mapping[str, SignalValue],
+        seen_ns: Mapping[str, int],
         *,
         unsure_ns: int = 0,
     ) -> None:
@@ -190,337 +161,183 @@ class Meter:
 
         Args:
             now_ns: moment from which the feature is known to be on.
-            values: known values of the signals at that moment.
-            seen: when each signal was last heard, monotonic.
+            last: latest value of each signal, however old.
+            seen_ns: when each signal was last heard, monotonic.
             unsure_ns: how long before now it may have been on already, such
                 as from the request to the read-back that confirmed it.
         """
         self.mark_ns = now_ns
-        self._values = {n: values.get(n) for n in self._known}
-        self._seen = {n: seen[n] for n in self.inputs if n in seen}
-        self._top_speed.hear(seen.get(self.spec.speed or ""))
-        self._top_speed.take(self._values.get(self.spec.speed or ""))
-        self._top_speed.restart(now_ns)
-        self.odometer_m = odometer_metres(self._values.get(self.spec.odometer or ""))
-        self._odometer_at_ns = now_ns
-        self._unknown = self._lacks_value()
-        self._status = None if self._unknown else self._judge()
-        if self.spec.kind is MeterKind.DURATION:
-            self._total(self._key()).add_gap(unsure_ns, "EDGE")
-        elif self._unknown:
-            self._declare_edges("SIGNAL")
-        else:
-            self._open_segment()
+        self._course.open(now_ns, last, seen_ns)
+        self._quantity.open(now_ns - unsure_ns, last, seen_ns)
+        earliest, begin = self._quantity.at(now_ns - unsure_ns), self._quantity.at(now_ns)
+        self._edge_ns, self._edge_begin = now_ns, earliest
+        self._begin(earliest, begin)
+        if unsure_ns and self._run.key is None:
+            # What the status was before this moment, nobody saw.
+            self._total(self._unknown_key()).add_gap(most(earliest, begin), "EDGE")
 
     def observe(self, batch: SignalBatch, now_ns: int) -> None:
         """Takes what the bus brought, in the order of its frames."""
-        for change in batch.changes:
-            if change.name in self._known:
-                self._queue.append(change)
-        self._queue.sort(key=lambda c: c.at_ns)
-        self._hear(batch)
-        speed = self.spec.speed or ""
-        self._top_speed.hear(batch.seen_ns.get(speed), is_broken=speed in batch.broken)
-        frontier_ns = self._frontier(now_ns)
-        if self._is_silent(now_ns):
-            if not self._unknown:
-                self._replay(frontier_ns)
-            self._skip(now_ns, heard=False)
-        elif self._unknown:
-            self._skip(frontier_ns, heard=True)
-        else:
-            self._replay(frontier_ns)
+        course, quantity = self._course, self._quantity
+        course.observe(batch, now_ns)
+        quantity.observe(batch, now_ns)
+        until_ns = min(course.frontier(now_ns), quantity.frontier(now_ns))
+        if until_ns <= self.mark_ns and not (course.queue and course.queue[0][2] <= self.mark_ns):
+            return
+        until_ns = max(until_ns, self.mark_ns)
+        for name, value, at_ns, before_ns in course.pop(until_ns):
+            course.values[name] = value
+            self._judge(max(at_ns, self.mark_ns), before_ns)
+        self._settle(self._run, quantity.at(until_ns))
+        self.mark_ns = until_ns
 
     def close(self, now_ns: int) -> None:
         """Ends metering: what was not confirmed until now is declared."""
-        self._bound_unread(now_ns)
-        self._skip(now_ns, heard=False, reason="EDGE")
-        self._queue.clear()
+        certain = self._quantity.at(self.mark_ns)
+        self.mark_ns = max(now_ns, self.mark_ns)
+        if self._run.key is None:
+            # It may have begun to count since the last frame.
+            self._course.values = dict.fromkeys(self._course.values)
+            self._begin(certain, certain)
+        here = self._quantity.at(self.mark_ns)
+        self._end(certain, here)
+        self._run = _Run(None, is_known=True, earliest=here, begin=here, wide=here.wide)
+        for total in self.totals.values():
+            # There is no window that a fraction of a unit could wait for.
+            rest = total.value % self._quantity.per_unit
+            total.value -= rest
+            total.add_gap(rest, "EDGE")
 
     def totals_now(self) -> dict[Dimensions, Total]:
-        """Totals in ms or m since the last `take`, without ending the window."""
-        if self.spec.kind is MeterKind.DISTANCE:
-            return {k: t for k, t in self.totals.items() if t.value or t.gap}
-        rounded = {
-            k: Total(t.value // _NS_PER_MS, -(-t.gap // _NS_PER_MS), t.reason, t.largest)
-            for k, t in self.totals.items()
-        }
-        return {k: t for k, t in rounded.items() if t.value or t.gap}
+        """Totals in the meter's unit since the last `take`, without ending the window."""
+        per_unit = self._quantity.per_unit
+        totals = {}
+        for key, fine in self.totals.items():
+            value, gap = fine.value // per_unit, -(-fine.gap // per_unit)
+            if value or gap:
+                totals[key] = Total(value, gap, fine.reason, fine.largest)
+        return totals
 
     def take(self) -> dict[Dimensions, Total]:
-        """Returns the totals in ms or m since the last call, and starts anew.
+        """Returns the totals in the meter's unit since the last call, and starts anew.
 
-        Fractions of a millisecond stay for the next window, so that a sum
-        over windows loses nothing.
+        Fractions of a unit stay for the next window, so that a sum over
+        windows loses nothing.
         """
         taken = self.totals_now()
-        rest = {k: Total(t.value % _NS_PER_MS) for k, t in self.totals.items()}
-        self.totals = {} if self.spec.kind is MeterKind.DISTANCE else rest
+        rest = {key: fine.value % self._quantity.per_unit for key, fine in self.totals.items()}
+        self.totals = {key: Total(value) for key, value in rest.items() if value}
         return taken
 
-    # --- settling --------------------------------------------------------
+    # --- runs ------------------------------------------------------------
 
-    def _frontier(self, now_ns: int) -> int:
-        """Up to when every input was heard."""
-        if not self.inputs:
-            return now_ns
-        # An odometer that has fallen silent holds nothing up: its next reading closes the hole.
-        odometer = self._odometer_name()
-        inputs = [n for n in self.inputs if n != odometer or not self._is_old(n, now_ns)]
-        if any(n not in self._seen for n in inputs):
-            return self.mark_ns
-        return min((self._seen[n] for n in inputs), default=now_ns)
-
-    def _hear(self, batch: SignalBatch) -> None:
-        """Takes when each input was heard.
-
-        A hole becomes a gap: nothing heard for longer than its maximum age, or
-        frames lost in between, which may have said something else.
-        """
-        holes: list[tuple[str, int]] = []
-        begins: list[int | None] = []
-        for name in self.inputs:
-            seen = batch.seen_ns.get(name)
-            if seen is None:
-                continue
-            before = self._seen.get(name)
-            is_long = before is None or seen - before > self._infos[name].max_age_ns
-            # Two readings of an odometer tell the distance between them, however far apart.
-            if (is_long or name in batch.broken) and name != self._odometer_name():
-                if not is_long and before is not None:
-                    before = self._seen[name] = max(before, batch.broken[name])
-                holes.append((name, seen))
-                begins.append(before)
-            else:
-                self._seen[name] = seen
-        if not holes:
+    def _judge(self, at_ns: int, before_ns: int) -> None:
+        """Ends a run and begins the next, if a frame changed the status."""
+        key, is_known = self._status()
+        run = self._run
+        if is_known == run.is_known and (key == run.key or not is_known):
             return
-        known = [before for before in begins if before is not None]
-        if len(known) == len(begins) and not self._unknown:
-            self._replay(min(*known, self._frontier(min(known))))
-        self._seen.update(holes)
-        self._skip(max(seen for _, seen in holes), heard=True)
+        certain_ns = min(max(before_ns, self.mark_ns), at_ns)
+        certain = self._quantity.at(certain_ns)
+        shown = self._quantity.at(at_ns)
+        # Two signals that change close together may have done so in either order.
+        earliest = self._edge_begin if before_ns < self._edge_ns else certain
+        self._end(certain, shown)
+        self._edge_ns, self._edge_begin = at_ns, earliest
+        self.mark_ns = at_ns
+        self._begin(earliest, shown)
 
-    def _is_silent(self, now_ns: int) -> bool:
-        """Whether an input is too old to say what is going on now."""
-        return any(self._is_old(n, now_ns) for n in self.inputs if n != self._odometer_name())
-
-    def _is_old(self, name: str, now_ns: int) -> bool:
-        return name not in self._seen or now_ns - self._seen[name] > self._infos[name].max_age_ns
-
-    def _lacks_value(self) -> bool:
-        return any(self._values[n] is None for n in self.inputs if n != self._odometer_name())
-
-    def _odometer_name(self) -> str | None:
-        return self.spec.odometer if self.spec.kind is MeterKind.DISTANCE else None
-
-    def _skip(self, until_ns: int, *, heard: bool, reason: str = "SIGNAL") -> None:
-        """Declares everything up to a moment: nothing in it is known.
-
-        Args:
-            heard: the inputs are known again from that moment on.
-            reason: GapReason name.
-        """
-        if until_ns > self.mark_ns:
-            key = self._key()
-            if not self._unknown and reason != "EDGE":
-                self._declare_edges(reason)
-            first_m, first_ns = self.odometer_m, self._odometer_at_ns
-            self._absorb(until_ns)
-            if self.spec.kind is MeterKind.DURATION:
-                self._total(key).add_gap(until_ns - self.mark_ns, reason)
-            elif self.odometer_m is not None and self._odometer_at_ns > first_ns:
-                moved_m = self._possible_m(self._odometer_at_ns - first_ns, self._odometer_at_ns)
-                if first_m is not None and 0 <= self.odometer_m - first_m < moved_m:
-                    moved_m = self.odometer_m - first_m
-                self._total(key).add_gap(moved_m, reason)
-            self.mark_ns = until_ns
-        else:
-            self._absorb(until_ns)
-        self._unknown = not heard or self._lacks_value()
-        self._status = None if self._unknown else self._judge()
-        self._segment = None
-        if self.spec.kind is MeterKind.DISTANCE:
-            self._open_segment()
-
-    def _absorb(self, until_ns: int) -> None:
-        """Takes the values of changes without counting."""
-        for change in self._queue:
-            if change.at_ns > until_ns:
-                break
-            self._values[change.name] = change.value
-            self._note_speed(change)
-            if change.name == self._odometer_name():
-                self.odometer_m, self._odometer_at_ns = odometer_metres(change.value), change.at_ns
-        self._queue = [c for c in self._queue if c.at_ns > until_ns]
-
-    def _replay(self, until_ns: int) -> None:
-        """Applies the changes up to a moment in their order, and counts up to it."""
-        taken = 0
-        for change in self._queue:
-            if change.at_ns > until_ns:
-                break
-            taken += 1
-            self._apply(change)
-        del self._queue[:taken]
-        self._settle(until_ns)
-        self._bill_run()
-
-    def _apply(self, change: SignalChange) -> None:
-        """Settles up to a change, then takes its value."""
-        self._values[change.name] = change.value
-        if change.name == self._odometer_name():
-            self._odometer(odometer_metres(change.value), change)
-            return
-        self._note_speed(change)
-        status = self._judge()
-        if status == self._status:
-            self._bill_run()
-            return
-        confirmed_ns = min(max(self.mark_ns, change.previous_seen_ns or 0), change.at_ns)
-        if self._run_at_ns <= confirmed_ns:
-            self._bill_run()
-        elif self._segment is not None and self._status is not None:
-            # The reading came after the last frame that confirmed the status.
-            self._total(self._status).add_gap(self._run_m - self._segment.billed_m, "EDGE")
-        self._settle(confirmed_ns)
-        unsure_ns = max(0, change.at_ns - self.mark_ns)
-        if self.spec.kind is MeterKind.DURATION:
-            for key in (self._status, status):
-                if key is not None:
-                    self._total(key).add_gap(unsure_ns, "EDGE")
-        self.mark_ns = max(self.mark_ns, change.at_ns)
-        if self._status is not None:
-            self._bound_unread(change.at_ns)
-            self._declare_straddling(change.at_ns)
-        self._status = status
-        if self.spec.kind is MeterKind.DISTANCE:
-            self._open_segment()
-
-    def _settle(self, until_ns: int) -> None:
-        """Counts the confirmed time up to a moment."""
-        if until_ns <= self.mark_ns:
-            return
-        if self._status is not None and self.spec.kind is MeterKind.DURATION:
-            self._total(self._status).value += until_ns - self.mark_ns
-        self.mark_ns = until_ns
-
-    # --- odometer ----------------------------------------------------------
-
-    def step_m(self) -> int:
-        """Step of the odometer, metres, rounded up; 1 if it is unknown."""
-        info = self._infos.get(self.spec.odometer or "")
-        return max(1, math.ceil(round(info.resolution * 1000, 6))) if info else 1
-
-    def _open_segment(self) -> None:
-        """Begins a run at the present reading; its two edges are declared at once."""
-        self._segment, self._run_m = None, 0
-        if self._status is None or self.odometer_m is None:
-            return
-        self._segment = _Segment(self.odometer_m, self.mark_ns)
-        self._declare_edges("EDGE")
-
-    def _declare_edges(self, reason: str) -> None:
-        """Declares a step at each edge of a run, and one for the age of the readings around them."""
-        if self.spec.kind is MeterKind.DISTANCE:
-            self._total(self._key()).add_gap(3 * self.step_m(), reason)
-
-    def _odometer(self, reading_m: int | None, change: SignalChange) -> None:
-        """Takes a reading; what it adds is billed once the status is known to have held."""
-        at_ns = change.at_ns
-        before_m, before_ns = self.odometer_m, self._odometer_at_ns
-        self.odometer_m, self._odometer_at_ns = reading_m, at_ns
-        possible_m = self._possible_m(at_ns - before_ns, at_ns)
-        self._top_speed.restart(at_ns)
-        self._allowed_m += possible_m - 2 * self.step_m()
-        if reading_m is None:
-            self._segment = None
-            return
-        if before_m is None:
-            self._total(self._key()).add_gap(possible_m, "SIGNAL")
-            self._open_segment()
-            return
-        if self._status is None or self._segment is None:
-            return
-        moved_m = reading_m - before_m
-        if not 0 <= moved_m <= possible_m:
-            # Reset, replaced, rolled over, or jumped: not billed, and bounded by the speed.
-            self._total(self._status).add_gap(possible_m, "SIGNAL")
-            self._open_segment()
-            return
-        if (change.previous_seen_ns or 0) < self._segment.start_ns:
-            # No frame between the start of the run and this reading: a part of it was before.
-            self._total(self._status).add_gap(moved_m, "EDGE")
-            self._segment.first_m = reading_m
-            return
-        # The true position is known to a step: without the step of the first edge
-        # the run is never more than what was driven.
-        self._run_m, self._run_at_ns = reading_m - self._segment.first_m - self.step_m(), at_ns
-
-    def _bill_run(self) -> None:
-        """Counts the run up to the latest reading."""
-        segment = self._segment
-        if segment is None or self._status is None or self._run_m <= segment.billed_m:
-            return
-        more_m = self._run_m - segment.billed_m
-        segment.billed_m = self._run_m
-        # The speed bounds the sum as well: an odometer that goes to and fro bills no parked car.
-        left_m = max(0, math.ceil(self._allowed_m) - self._counted_m)
-        counted_m = min(more_m, left_m)
-        self._counted_m += counted_m
-        self._total(self._status).value += counted_m
-        self._total(self._status).add_gap(more_m - counted_m, "SIGNAL")
-
-    def _declare_straddling(self, end_ns: int) -> None:
-        """Declares the reading that follows the end of a run, if no frame stood between them."""
-        for change in self._queue:
-            if change.name == self._odometer_name() and change.at_ns >= end_ns:
-                reading_m = odometer_metres(change.value)
-                if reading_m is not None and self.odometer_m is not None:
-                    self._total(self._key()).add_gap(reading_m - self.odometer_m, "EDGE")
-                return
-
-    def _bound_unread(self, now_ns: int) -> None:
-        """Declares the way since the odometer fell silent, as far as the speed allows."""
-        odometer = self._odometer_name()
-        if odometer is None:
-            return
-        if not self._is_old(odometer, now_ns):
-            return
-        for change in self._queue:
-            self._note_speed(change)
-        heard_ns = self._seen.get(odometer)
-        possible_m = self._possible_m(now_ns - max(self._odometer_at_ns, heard_ns or 0), now_ns)
-        self._total(self._key()).add_gap(possible_m, "SIGNAL")
-
-    def _possible_m(self, elapsed_ns: int, until_ns: int) -> int:
-        """Farthest that the speed signal allows, metres."""
-        return math.ceil(self._top_speed.metres(elapsed_ns, until_ns)) + 2 * self.step_m()
-
-    # --- judging -------------------------------------------------------------
-
-    def _judge(self) -> Dimensions | None:
-        """Dimensions under which use counts now; None if it does not."""
-        if self._condition is not None and self._condition.evaluate(self._values) is not True:
-            return None
+    def _status(self) -> tuple[Dimensions | None, bool]:
+        """Under which dimensions use counts now, None if it does not; and whether that is known."""
+        values = self._course.values
+        if None in values.values():
+            return None, False
+        if self._condition is not None and self._condition.evaluate(values) is not True:
+            return None, True
+        if not self._dimensions:
+            return (), True
         key = []
         for name, choices in self._dimensions:
-            value = next((v for v, c in choices if c.evaluate(self._values) is True), "unknown")
+            value = next((v for v, c in choices if c.evaluate(values) is True), "unknown")
             key.append((name, value))
-        return tuple(sorted(key))
+        return tuple(sorted(key)), True
 
-    def _key(self) -> Dimensions:
-        """Under what a gap is declared: the present dimensions, or "unknown"."""
-        if self._status is not None:
-            return self._status
+    def _begin(self, earliest: Position, begin: Position) -> None:
+        key, is_known = self._status()
+        if not is_known:
+            before = self._run.key
+            key = (
+                tuple(sorted((name, "unknown") for name, _ in self._dimensions)) if before is None else before
+            )
+        self._run = run = _Run(key, is_known, earliest, begin, begin.wide)
+        if key is None:
+            return
+        reason = "EDGE" if is_known else "SIGNAL"
+        self._declare(run, most(earliest, begin), reason)
+
+    def _settle(self, run: _Run, here: Position) -> None:
+        """Counts a run up to a position that is certain to be within it."""
+        if run.key is None:
+            return
+        if run.is_known:
+            value = least(run.begin, here)
+            if value > run.billed:
+                self._total(run.key).value += value - run.billed
+                run.billed = value
+            if here.wide > run.wide:
+                self._declare(run, here.wide - run.wide, self._quantity.reason)
+                run.wide = here.wide
+        else:
+            self._declare(run, most(run.earliest, here) - run.declared, "SIGNAL")
+
+    def _end(self, certain: Position, shown: Position) -> None:
+        """Ends the run: certain up to one position, possible up to another."""
+        run = self._run
+        self._settle(run, certain)
+        if run.key is not None:
+            open_ = most(run.earliest, shown) - run.billed - run.declared
+            self._declare(run, open_, "EDGE" if run.is_known else "SIGNAL")
+
+    def _declare(self, run: _Run, amount: int, reason: str) -> None:
+        if amount > 0 and run.key is not None:
+            self._total(run.key).add_gap(amount, reason)
+            run.declared += amount
+
+    def _unknown_key(self) -> Dimensions:
+        """Under what is declared of which the dimensions are not known."""
         return tuple(sorted((name, "unknown") for name, _ in self._dimensions))
 
     def _total(self, key: Dimensions) -> Total:
         return self.totals.setdefault(key, Total())
 
-    def _note_speed(self, change: SignalChange) -> None:
-        if change.name == self.spec.speed:
-            self._top_speed.take(change.value)
+
+def quantity_of(spec: MeterSpec, infos: Mapping[str, SignalInfo]) -> Quantity:
+    """What a meter of the catalogue counts.
+
+    Raises:
+        ConditionError: a condition does not compile, or the meter names nothing to count.
+    """
+    ceiling = spec.at_most_per_h
+    match spec.kind:
+        case MeterKind.DURATION:
+            return Elapsed()
+        case MeterKind.DISTANCE if spec.odometer:
+            fastest = ceiling or FASTEST_M_PER_H
+            speed = Integral(spec.speed, infos, unit="km/h", fastest_per_h=fastest, margin=MARGIN)
+            return Cumulative(spec.odometer, infos, speed, kind=spec.kind)
+        case MeterKind.ENERGY if spec.counter:
+            strongest = ceiling or STRONGEST_MILLIWATT
+            power = Integral(spec.power, infos, unit="W", fastest_per_h=strongest, margin=MARGIN)
+            return Cumulative(spec.counter, infos, power, kind=spec.kind, wraps_at=spec.wraps_at)
+        case MeterKind.ENERGY if spec.power:
+            return Integral(spec.power, infos, unit="W", fastest_per_h=ceiling or STRONGEST_MILLIWATT)
+        case MeterKind.COUNT if spec.counter:
+            rate = Integral(None, infos, unit="", fastest_per_h=ceiling or MOST_EVENTS_PER_H)
+            return Cumulative(spec.counter, infos, rate, kind=spec.kind, wraps_at=spec.wraps_at)
+        case MeterKind.COUNT if spec.condition:
+            condition = Condition.compile(spec.condition)
+            return Edges(condition, infos, debounce_ns=spec.debounce_ms * _NS_PER_MS)
+    raise ConditionError(f"meter {spec.meter_id}: nothing to count is named")
 
 
 @dataclass(frozen=True, slots=True)
@@ -530,9 +347,9 @@ class OpenWindow:
     Args:
         mark_ns: monotonic moment up to which it is settled.
         mark_ms: the same in trusted Unix milliseconds.
-        odometer: VSS name of the odometer of a distance meter.
-        odometer_m: its latest settled reading.
-        totals: (dimensions, value, gap, reason) in ms or m.
+        odometer: VSS name of the odometer or counter, if there is one.
+        odometer_m: its latest settled reading, in the meter's unit.
+        totals: (dimensions, value, gap, reason) in the meter's unit.
     """
 
     feature_id: str

@@ -28,6 +28,8 @@ RECEIPT_DOMAIN = b"openfod.usage.receipt.v1\x00"
 UNITS = {
     MeterKind.DURATION: usage_pb2.UNIT_MILLISECOND,
     MeterKind.DISTANCE: usage_pb2.UNIT_METRE,
+    MeterKind.ENERGY: usage_pb2.UNIT_MILLIWATT_HOUR,
+    MeterKind.COUNT: usage_pb2.UNIT_ONE,
 }
 """The unit in which each kind of meter counts."""
 
@@ -37,6 +39,8 @@ GAP_REASONS = {
     "AGENT_DOWN": usage_pb2.GAP_REASON_AGENT_DOWN,
     "SIGNAL": usage_pb2.GAP_REASON_SIGNAL,
     "BUS": usage_pb2.GAP_REASON_BUS,
+    "JOURNAL": usage_pb2.GAP_REASON_JOURNAL,
+    "COUNTER": usage_pb2.GAP_REASON_COUNTER,
 }
 
 

@@ -410,6 +410,11 @@ class SignalState:
             return None
         return self._values.get(name)
 
+    @property
+    def last(self) -> Mapping[str, SignalValue]:
+        """The latest value of each signal, however old."""
+        return MappingProxyType(self._values)
+
     def age_ns(self, name: str, now_ns: int) -> int | None:
         """Nanoseconds since the signal was last seen; None if never."""
         seen_ns = self._seen_ns.get(name)

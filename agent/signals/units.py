@@ -63,6 +63,14 @@ _NEAR: Final = 0.01
 """Difference from the true factor, as a share of it, that a rounded one may have."""
 
 
+def factor(there: str, here: str) -> float | None:
+    """What a value in unit `there` is multiplied by to be one in unit `here`; None if nothing does it."""
+    before, after = (_BY_SPELLING.get(unit.strip().casefold()) for unit in (there, here))
+    if before is None or after is None or before.quantity != after.quantity:
+        return None
+    return before.factor / after.factor if before.offset == after.offset else None
+
+
 def conversion_problem(there: str, here: str, scale: float, offset: float) -> str:
     """What is wrong with reading a value in unit `there` as `value * scale + offset` in unit `here`.
 

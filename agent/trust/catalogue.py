@@ -46,6 +46,9 @@ MAX_STANDARD_ID = 0x7FF
 MAX_CAN_ID = 2**29 - 1
 MAX_DID = 0xFFFF
 MAX_SESSION = 0x7F
+MAX_READING = 2**53
+MAX_DEBOUNCE_MS = 60_000
+MAX_PER_H = 10**12
 
 # Services with which a catalogue may switch: RoutineControl and
 # WriteDataByIdentifier (ISO 14229-1:2020). Never a reset, never programming.
@@ -267,19 +270,40 @@ def _meters(document: _Table) -> tuple[MeterSpec, ...]:
         if any(meter.meter_id == meter_id for meter in meters):
             table.note("id", "each meter once", meter_id)
         kind = MeterKind(table.choice("kind", [kind.value for kind in MeterKind]))
-        is_distance = kind is MeterKind.DISTANCE
-        meters.append(
-            MeterSpec(
-                meter_id=meter_id,
-                kind=kind,
-                condition=table.condition() if table.has("when") or table.has("inputs") else None,
-                dimensions=_dimensions(table),
-                odometer=table.text("odometer", _SIGNAL) if is_distance else None,
-                speed=table.text("speed", _SIGNAL) if is_distance and table.has("speed") else None,
-            )
-        )
+        condition = table.condition() if table.has("when") or table.has("inputs") else None
+        meters.append(_meter(table, meter_id, kind, condition))
         table.close()
     return tuple(meters)
+
+
+def _meter(table: _Table, meter_id: str, kind: MeterKind, condition: ConditionSpec | None) -> MeterSpec:
+    is_distance, is_energy = kind is MeterKind.DISTANCE, kind is MeterKind.ENERGY
+    has_counter = kind in {MeterKind.ENERGY, MeterKind.COUNT} and table.has("counter")
+    if is_energy and not (has_counter or table.has("power")):
+        table.note("counter", "counter, power or both, for a meter of kind energy", None)
+    counts_events = kind is MeterKind.COUNT and not has_counter
+    if counts_events and condition is None:
+        table.note("when", "the event that is counted, or counter", None)
+
+    def signal(key: str, *, wanted: bool) -> str | None:
+        return table.text(key, _SIGNAL) if wanted and table.has(key) else None
+
+    def number(key: str, highest: int, *, wanted: bool) -> int:
+        return table.number(key, 1, highest) if wanted and table.has(key) else 0
+
+    return MeterSpec(
+        meter_id=meter_id,
+        kind=kind,
+        condition=condition,
+        dimensions=_dimensions(table),
+        odometer=table.text("odometer", _SIGNAL) if is_distance else None,
+        speed=signal("speed", wanted=is_distance),
+        counter=signal("counter", wanted=has_counter),
+        power=signal("power", wanted=is_energy),
+        wraps_at=number("wraps_at", MAX_READING, wanted=has_counter),
+        debounce_ms=number("debounce_ms", MAX_DEBOUNCE_MS, wanted=counts_events),
+        at_most_per_h=number("at_most_per_h", MAX_PER_H, wanted=is_distance or is_energy or has_counter),
+    )
 
 
 def _dimensions(meter: _Table) -> tuple[DimensionSpec, ...]:

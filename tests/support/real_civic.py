@@ -52,8 +52,12 @@ class Reading:
 
     at_ns: int
     follows: bool
-    is_driving: bool
+    kmh: float
     odometer_m: int
+
+    @property
+    def is_driving(self) -> bool:
+        return self.kmh >= 1
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Figures:
     Args:
         length_ns: from its first frame to its last.
         odometer_m: last reading less the first.
+        tail_m: driven since the last step of the odometer, if every speed holds until the next.
         certain_ns: by "driving" and "parked": time between two readings that
             agree and follow one another, no further apart than a speed may be old.
         held_ns: the same if every reading holds until the next, holes included.
@@ -72,6 +77,7 @@ class Figures:
 
     length_ns: int
     odometer_m: int
+    tail_m: float
     certain_ns: dict[str, int]
     held_ns: dict[str, int]
     unsure_ns: int
@@ -110,8 +116,12 @@ def figures(log: Path, speed: float = 1.0) -> Figures:
             certain[status] += elapsed_ns
         else:
             unsure_ns, edges = unsure_ns + elapsed_ns, edges + 2
-    moved_m = readings[-1].odometer_m - readings[0].odometer_m
-    return Figures(length_ns, moved_m, certain, held, unsure_ns, edges)
+    moved_m, tail_m = readings[-1].odometer_m - readings[0].odometer_m, 0.0
+    for before, after in itertools.pairwise(readings):
+        tail_m = tail_m + before.kmh / 3.6 * (after.at_ns - before.at_ns) / 1e9
+        if after.odometer_m != before.odometer_m:
+            tail_m = 0.0
+    return Figures(length_ns, moved_m, tail_m, certain, held, unsure_ns, edges)
 
 
 def _read(log: Path, speed: float) -> tuple[int, list[Reading]]:
@@ -136,7 +146,7 @@ def _read(log: Path, speed: float) -> tuple[int, list[Reading]]:
             Reading(
                 at_ns=round((at_us - first_us) * 1000 / speed),
                 follows=before is not None and (counter - before) % 4 == 1,
-                is_driving=hundredths >= 100,
+                kmh=hundredths / 100,
                 odometer_m=data[6] * STEP_M,
             )
         )

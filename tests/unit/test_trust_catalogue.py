@@ -64,7 +64,7 @@ def test_a_feature_of_the_head_unit_writes_to_no_bus() -> None:
         ('when = "Vehicle.Speed < 1.0"\n', "", "conditions.release.when"),
         ('id = "heated-distance"', 'id = "active-time"', "meters[1].id: expected each meter once"),
         ('odometer = "Vehicle.TraveledDistance"\n', "", "meters[1].odometer"),
-        ('kind = "duration"', 'kind = "energy"', "meters[0].kind"),
+        ('kind = "duration"', 'kind = "weight"', "meters[0].kind"),
         ("[hold]\nmax_s = 14400", "hold = 1", "hold: expected a table"),
     ],
 )

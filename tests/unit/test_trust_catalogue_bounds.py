@@ -245,7 +245,16 @@ REFUSED: list[tuple[str, object, str]] = [
     ("meters", 1, "meters: expected at most 16 tables, found 1"),
     ("meters", [1], "meters: expected at most 16 tables"),
     ("meters", [{"id": "m", "kind": "duration"}] * 2, r"meters\[1\].id: expected each meter once, found 'm'"),
-    ("meters", meters(1, kind="energy"), r"meters\[0\].kind"),
+    ("meters", meters(1, kind="weight"), r"meters\[0\].kind"),
+    ("meters", meters(1, kind="energy"), r"meters\[0\].counter: expected counter, power or both"),
+    ("meters", meters(1, kind="energy", debounce_ms=1), r"meters\[0\].'debounce_ms': unknown key"),
+    ("meters", meters(1, kind="energy", power="Vehicle.P", wraps_at=1), r"'wraps_at': unknown key"),
+    ("meters", meters(1, kind="energy", counter="Vehicle.E", wraps_at=0), r"wraps_at: expected 1 to"),
+    ("meters", meters(1, kind="count"), r"meters\[0\].when: expected the event that is counted"),
+    ("meters", meters(1, kind="count", counter="Vehicle.C", debounce_ms=1), r"'debounce_ms': unknown key"),
+    ("meters", meters(1, kind="count", when="true", inputs=[], debounce_ms=60_001), r"debounce_ms: expected"),
+    ("meters", meters(1, kind="count", counter="Vehicle.C", at_most_per_h=0), r"at_most_per_h: expected"),
+    ("meters", meters(1, kind="count", counter="c"), r"meters\[0\].counter: expected text"),
     ("meters", meters(1, more=1), r"meters\[0\].'more': unknown key"),
     ("meters", meters(1, when="true"), r"meters\[0\].inputs"),
     ("meters", meters(1, inputs=[]), r"meters\[0\].when"),
@@ -301,6 +310,19 @@ def test_a_distance_reads_an_odometer_and_perhaps_a_speed() -> None:
     (full,) = feature(meters=meters(1, speed="Vehicle.V", when="true", inputs=[], **distance)).meters
     assert (full.odometer, full.speed) == ("Vehicle.O", "Vehicle.V")
     assert full.condition is not None
+
+
+def test_energy_and_events_are_read_from_a_counter_or_added_up() -> None:
+    both = {"counter": "Vehicle.E", "power": "Vehicle.P", "wraps_at": 2**53, "at_most_per_h": 10**12}
+    (energy,) = feature(meters=meters(1, kind="energy", **both)).meters
+    assert (energy.counter, energy.power, energy.cumulative) == ("Vehicle.E", "Vehicle.P", "Vehicle.E")
+    assert (energy.wraps_at, energy.at_most_per_h) == (2**53, 10**12)
+    (power,) = feature(meters=meters(1, kind="energy", power="Vehicle.P")).meters
+    assert (power.counter, power.power, power.at_most_per_h) == (None, "Vehicle.P", 0)
+    (events,) = feature(meters=meters(1, kind="count", when="true", inputs=[], debounce_ms=60_000)).meters
+    assert (events.counter, events.debounce_ms) == (None, 60_000)
+    (counted,) = feature(meters=meters(1, kind="count", counter="Vehicle.C")).meters
+    assert (counted.counter, counted.condition, counted.debounce_ms) == ("Vehicle.C", None, 0)
 
 
 def test_a_feature_of_the_head_unit_has_no_ecu_and_its_keys_are_unknown() -> None:
