@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
 
 from agent import events as ev
@@ -32,6 +32,7 @@ from agent.model import (
     ActuatorKind,
     Entitlement,
     FeatureSpec,
+    Quota,
     Rights,
     SignalInfo,
     SignalValue,
@@ -45,7 +46,7 @@ from agent.model import (
 from agent.signals.state import SignalState
 from agent.trust.clock import TrustedClock
 from agent.trust.grant_log import LogEntry, LogHead, entry, follow
-from agent.trust.terms import judge
+from agent.trust.terms import QuotaState, judge, judge_quota, period_of
 
 IGNITION = "Vehicle.LowVoltageSystemState"
 """VSS name of the signal whose value "OFF" ends a hold."""
@@ -71,6 +72,8 @@ EVIDENCE_PAUSE_NS = 3600 * 1_000_000_000
 """At most one entry in the owner's log in that time for what one feature's ECU says."""
 _ASLEEP = frozenset({None, "OFF", "LOCK"})
 """Values of the ignition at which no ECU is woken to be read."""
+_AT_PERIOD = "@"
+"""Between a meter and a period's start, where the amount at that start is kept; no meter's id has it."""
 _NS_PER_MS = 1_000_000
 _MAX_STEPS = 16
 _READ_BACK_POSITIVE = 0x62
@@ -112,6 +115,7 @@ class _Feature:
     missed: bool = False
     activation_ms: int = 0
     nrc: int = 0
+    warned: dict[tuple[str, str], tuple[int, int, bool]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -503,11 +507,49 @@ class Engine:
         kept = right.undecided and feature.state in METERED
         if not (right.live or kept):
             return False, False, right.reason
-        for quota in entitlement.quotas:
-            used = self._ledger.used_now(entitlement.entitlement_id, quota.meter_id)
-            if quota.hard and used >= quota.limit:
-                return False, True, f"quota of {quota.meter_id} is used up: {used} of {quota.limit}"
-        return True, False, right.reason
+        if not entitlement.quotas:
+            return True, False, right.reason
+        states = self._quota_states(entitlement, now_ns)
+        self._warn(feature, entitlement, states)
+        words = "; ".join(state.words for state in states if state.words)
+        if any(state.hard and state.beyond for state in states):
+            return False, True, words
+        return True, False, f"{right.reason}; {words}" if words else right.reason
+
+    def _quota_states(self, entitlement: Entitlement, now_ns: int) -> list[QuotaState]:
+        return [judge_quota(q, self._used_of(entitlement, q, now_ns)) for q in entitlement.quotas]
+
+    def _used_of(self, entitlement: Entitlement, quota: Quota, now_ns: int) -> int:
+        """What was used under a right, of the running period if its quota has periods.
+
+        What had been used when a period was first seen to run is kept beside
+        the amounts themselves, under the meter and the period's start.
+        """
+        used = self._ledger.used_now(entitlement.entitlement_id, quota.meter_id)
+        period_s = period_of(quota, self._time(now_ns))
+        if period_s is None:
+            return used
+        key = (entitlement.entitlement_id, f"{quota.meter_id}{_AT_PERIOD}{period_s}")
+        return max(0, used - self._ledger.used.setdefault(key, used))
+
+    def _warn(self, feature: _Feature, entitlement: Entitlement, states: list[QuotaState]) -> None:
+        """Says each stage of a quota once, and that overage has begun."""
+        for state in states:
+            key = (entitlement.entitlement_id, state.meter_id)
+            level = (state.limit, state.stage, state.beyond)
+            if feature.warned.get(key) == level:
+                continue
+            feature.warned[key] = level
+            if state.words:
+                self._say(
+                    "warning",
+                    state.words,
+                    feature=feature.spec.feature_id,
+                    entitlement=entitlement.entitlement_id,
+                    used=state.used,
+                    limit=state.limit,
+                    hard=state.hard,
+                )
 
     def _odometer(self, now_ns: int) -> int | None:
         return odometer_metres(self._signals.value("Vehicle.TraveledDistance", now_ns))
@@ -982,6 +1024,20 @@ class Engine:
             "usage": [
                 {"entitlement": entitlement, "meter": meter, "closed": value}
                 for (entitlement, meter), value in sorted(self._ledger.used.items())
+                if _AT_PERIOD not in meter
+            ],
+            "quotas": [
+                {
+                    "feature": feature_id,
+                    "entitlement": entitlement.entitlement_id,
+                    "meter": state.meter_id,
+                    "used": state.used,
+                    "limit": state.limit,
+                    "hard": state.hard,
+                    "warning": state.words,
+                }
+                for feature_id, entitlement in sorted(self._rights.entitlements.items())
+                for state in self._quota_states(entitlement, now_ns)
             ],
             "journal": {
                 "id": self._ledger.head.journal_id,

@@ -143,6 +143,7 @@ class MeterSpec:
         condition: when it counts, besides the feature being active; None: always.
         odometer: VSS name of the odometer in km (distance only).
         speed: VSS name of the speed in km/h for the cross-check (distance only).
+        ecu_reading: the ECU signs its own cumulative count of it.
     """
 
     meter_id: str
@@ -151,6 +152,7 @@ class MeterSpec:
     dimensions: tuple[DimensionSpec, ...] = ()
     odometer: str | None = None
     speed: str | None = None
+    ecu_reading: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +203,7 @@ class FeatureSpec:
         release_when: must hold before a feature is taken away.
         hold_max_s: longest time in HELD, seconds.
         read_back_interval_s: period of the read-back while active, seconds.
+        by_use: it may be sold by use: its ECU signs its count, or the file admits that nobody counts.
     """
 
     feature_id: str
@@ -221,6 +224,7 @@ class FeatureSpec:
     read_back_interval_s: int
     meters: tuple[MeterSpec, ...]
     sha256: str = ""
+    by_use: bool = False
 
     @property
     def inputs(self) -> frozenset[str]:
@@ -254,11 +258,20 @@ class PlanKind(enum.Enum):
 
 
 class Quota(NamedTuple):
-    """A limit on a meter, in the meter's unit."""
+    """A limit on a meter, in the meter's unit.
+
+    Args:
+        hard: the feature is suspended at the limit; else what is beyond is billed as overage.
+        warn_percent: parts of the limit at which the driver is warned, ascending.
+        period_starts_s: starts of the periods that the limit is for, Unix
+            seconds, ascending; empty: it is for the whole right.
+    """
 
     meter_id: str
     limit: int
     hard: bool
+    warn_percent: tuple[int, ...] = ()
+    period_starts_s: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ import asyncio
 import re
 import sys
 from collections.abc import Callable, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 from cloud import client, config, server
@@ -82,11 +82,51 @@ def _parser() -> argparse.ArgumentParser:
         ("entitlements", "list a vehicle's rights", client.list_entitlements),
         ("watch", "follow what a vehicle's features report", client.watch),
         ("usage", "list a vehicle's usage", client.list_usage),
-        ("invoice", "show what a vehicle's accounts owe", client.invoice),
     ]
     for name, text, command in reading:
         _command(commands, name, text, command).add_argument("vin", metavar="VIN")
+    _add_payment_commands(commands)
     return parser
+
+
+def _add_payment_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    invoice = _command(commands, "invoice", "show what is to be billed, or close an invoice", client.invoice)
+    invoice.add_argument("whom", metavar="VIN|ACCOUNT", help="an account's covers all its vehicles")
+    invoice.add_argument("--close", action="store_true", help="fix its lines for ever (of an account)")
+    invoice.add_argument(
+        "--period", type=_period, metavar="MONTH|FROM/TO", help="to close, such as 2026-03 (UTC)"
+    )
+
+    invoices = _command(commands, "invoices", "list closed invoices", client.list_invoices)
+    invoices.add_argument("account", nargs="?", default="", metavar="ACCOUNT", help="only of this account")
+    invoices.add_argument("--number", type=int, default=0, metavar="N", help="show the lines of one")
+    invoices.add_argument(
+        "--verify", action="store_true", help="rate each one again from its records, and compare"
+    )
+
+    correct = _command(commands, "correct", "credit or debit something on the next invoice", client.correct)
+    correct.add_argument("number", type=int, metavar="NUMBER", help="of the closed invoice")
+    correct.add_argument(
+        "--minor", type=int, required=True, metavar="N", help="minor units, such as -150 for a credit"
+    )
+    correct.add_argument("--reason", required=True, help="why, for the account and the audit log")
+
+    payment = _command(commands, "payment", "say how a subscription's payment went", client.payment)
+    payment.add_argument("vin", metavar="VIN")
+    payment.add_argument("entitlement", metavar="ENTITLEMENT")
+    payment.add_argument("state", choices=("failed", "paid"))
+
+    top_up = _command(commands, "top-up", "add bought units to a prepaid right", client.top_up)
+    top_up.add_argument("vin", metavar="VIN")
+    top_up.add_argument("entitlement", metavar="ENTITLEMENT")
+    top_up.add_argument("--packs", type=int, default=1, metavar="N", help="how often the plan's units")
+
+    change = _command(commands, "change-plan", "move a right to other terms", client.change_plan)
+    change.add_argument("vin", metavar="VIN")
+    change.add_argument("entitlement", metavar="ENTITLEMENT")
+    change.add_argument("plan", metavar="PLAN", help="its own for the newest version, or another one")
+
+    _command(commands, "renew", "start next periods and end what has run out, now", client.renew)
 
 
 def _add_vehicle_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -163,6 +203,19 @@ def _moment(text: str) -> datetime:
     if moment.tzinfo is None:
         raise argparse.ArgumentTypeError(f"{text} has no time zone; append Z for UTC")
     return moment
+
+
+def _period(text: str) -> tuple[int, int]:
+    """Start and end of a month or an interval, Unix milliseconds."""
+    month = re.fullmatch(r"([0-9]{4})-(0[1-9]|1[0-2])", text)
+    if month is not None:
+        year, number = int(month[1]), int(month[2])
+        start = datetime(year, number, 1, tzinfo=UTC)
+        end = datetime(year + number // 12, number % 12 + 1, 1, tzinfo=UTC)
+    else:
+        first, _, last = text.partition("/")
+        start, end = _moment(first), _moment(last)
+    return int(start.timestamp()) * 1000, int(end.timestamp()) * 1000
 
 
 def _uid(text: str) -> bytes:

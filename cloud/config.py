@@ -117,6 +117,13 @@ class Signer:
 
 
 @dataclass(frozen=True)
+class Renewal:
+    """Table [renewal]: how often the server looks for rights to renew or to end."""
+
+    interval_s: int = option(default=300, minimum=1, maximum=86_400)
+
+
+@dataclass(frozen=True)
 class TlsAnchor:
     """A table [[tls.anchors]]: a server's certificate and its validity, which the director signs."""
 
@@ -179,6 +186,7 @@ class _File:
     ownership: Ownership = field(default_factory=Ownership)
     restore: Restore = field(default_factory=Restore)
     signer: Signer = field(default_factory=Signer)
+    renewal: Renewal = field(default_factory=Renewal)
     tls: Tls = field(default_factory=Tls)
     log: Log = field(default_factory=Log)
 

@@ -5,7 +5,8 @@ Pure: no I/O, no clock, no randomness. Times in `_ms` are Unix milliseconds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 VIN_PATTERN = r"[A-HJ-NPR-Z0-9]{17}"
 """ISO 3779:2009: 17 characters without I, O and Q."""
@@ -38,6 +39,10 @@ class Release:
         feature_number: number in a token; 0 if the ECU verifies none.
         meters: meter id -> kind, "duration" or "distance".
         withdrawn: no new grants; existing rights go on.
+        detect_only: no ECU enforces it, which its signed file admits.
+        by_use: it may be sold by use, pay-per-use or prepaid.
+        attested: meters whose count its ECU signs.
+        dimensions: meter id -> name -> values.
     """
 
     path: str
@@ -50,6 +55,10 @@ class Release:
     feature_number: int
     withdrawn: bool
     meters: dict[str, str]
+    detect_only: bool = False
+    by_use: bool = False
+    attested: frozenset[str] = frozenset()
+    dimensions: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,6 +99,7 @@ class Feature:
     loss_in_motion: str = option(choices=("harmless", "unknown"))
     safety_relevant: bool = option()
     withdrawn: bool = option()
+    by_use: bool = option(default=False)
 
     def problems(self) -> Problems:
         """A feature that a person's safety or the type approval depends on is never on demand."""
@@ -248,6 +249,7 @@ class Meter:
     when: str | None = None
     inputs: tuple[str, ...] | None = None
     dimensions: tuple[Dimension, ...] = ()
+    ecu_reading: bool = option(default=False)
 
     def problems(self) -> Problems:
         """Distance needs its two signals; a condition needs its inputs."""
@@ -296,6 +298,21 @@ class FeatureFile:
         elif self.read_back is not None and not token:
             yield "read_back", 'kind "none" has nothing to read back; remove it'
         yield from _count_problems("meters", [m.id for m in self.meters], 0, MAX_METERS)
+        yield from self._count_by_whom(token=token)
+
+    def _count_by_whom(self, *, token: bool) -> Problems:
+        """Whoever has root on the head unit uses without being counted, unless the ECU counts by itself."""
+        attested = [meter.id for meter in self.meters if meter.ecu_reading]
+        if attested and not token:
+            yield "meters", f'ecu_reading of {attested[0]}: kind "none" has no ECU that could sign a count'
+        if not self.feature.by_use or self.feature.enforcement == "detect-only":
+            return
+        if not attested:
+            what = "pay-per-use and prepaid renew only against a count that the ECU itself signs"
+            yield (
+                "feature.by_use",
+                f'{what}, and no meter has ecu_reading; say enforcement "detect-only" if no ECU counts',
+            )
 
 
 @dataclass(frozen=True)

@@ -187,12 +187,20 @@ def _feature(document: _Table, sha256: str) -> FeatureSpec:
     if feature.flag("safety_relevant"):
         feature.note("safety_relevant", "false: such features are not licensed", found=True)
     withdrawn = feature.flag("withdrawn")
+    by_use = feature.flag("by_use") if feature.has("by_use") else False
 
     actuator = document.table("actuator")
     kind = ActuatorKind(actuator.choice("kind", [kind.value for kind in ActuatorKind]))
     is_token = kind is ActuatorKind.TOKEN
     if enforcement == "ecu-token" and not is_token:
         feature.note("enforcement", f"detect-only with actuator kind {kind.value}", enforcement)
+
+    meters = _meters(document)
+    attested = any(meter.ecu_reading for meter in meters)
+    if attested and not is_token:
+        actuator.note("kind", "token, because a meter has ecu_reading", kind.value)
+    if by_use and enforcement == "ecu-token" and not attested:
+        feature.note("enforcement", "detect-only with by_use and no meter with ecu_reading", enforcement)
 
     conditions = document.table("conditions")
     activate, release_when = conditions.table("activate"), conditions.table("release")
@@ -216,8 +224,9 @@ def _feature(document: _Table, sha256: str) -> FeatureSpec:
         activate_when=activate.condition(),
         release_when=release_when.condition(),
         hold_max_s=hold.number("max_s", 1, MAX_HOLD_S),
-        meters=_meters(document),
+        meters=meters,
         sha256=sha256,
+        by_use=by_use or enforcement == "detect-only",
     )
     tables = (feature, actuator, activate, release_when, conditions, hold, ecu, read_back, document)
     for table in tables:
@@ -276,6 +285,7 @@ def _meters(document: _Table) -> tuple[MeterSpec, ...]:
                 dimensions=_dimensions(table),
                 odometer=table.text("odometer", _SIGNAL) if is_distance else None,
                 speed=table.text("speed", _SIGNAL) if is_distance and table.has("speed") else None,
+                ecu_reading=table.flag("ecu_reading") if table.has("ecu_reading") else False,
             )
         )
         table.close()

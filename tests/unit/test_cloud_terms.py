@@ -57,6 +57,14 @@ def _use(meter: str, price: int = 2) -> str:
     return f'[[plans.use_prices]]\nmeter = "{meter}"\nprice_minor = {price}\nper_units = 1000\n'
 
 
+def _tier(above: int) -> str:
+    return f"[[plans.use_prices.tiers]]\nabove_units = {above}\nprice_minor = 1\nper_units = 1000\n"
+
+
+def _quota(meter: str = "distance", hard: str = "true", more: str = "") -> str:
+    return f'[[plans.quotas]]\nmeter = "{meter}"\nlimit = 10000\nhard = {hard}\n{more}\n'
+
+
 def _config(folder: Path, plans: str) -> Path:
     (folder / "plans.toml").write_text(plans)
     return write_config(folder, **{str(DEMO / "plans.toml"): "plans.toml"})
@@ -74,7 +82,54 @@ def _run(path: Path, story: Story | None = None, now_ms: int = START_MS) -> None
 @pytest.mark.parametrize(
     ("plan", "reason"),
     [
-        (_plan("x-x", "prepaid", price=1000), "prepaid is not offered"),
+        (_plan("x-x", "prepaid", price=1000), "a prepaid plan has one, a hard one"),
+        (_plan("x-x", "prepaid", _quota(hard="false")), "a prepaid plan has one, a hard one"),
+        (_plan("x-x", "prepaid", _use("distance") + _quota()), "prepaid use is paid already"),
+        (
+            _plan("x-x", "prepaid", _quota()).replace("goes-with-account", "stays-with-vehicle"),
+            "units that were bought belong to the account",
+        ),
+        (_plan("x-x", "prepaid", _quota("speed")), "quotas: speed is no meter of drivers-logbook"),
+        (_plan("x-x", "perpetual", _quota()), "what was bought outright has no hard quota"),
+        (_plan("x-x", "pay-per-use", _use("time") + _quota(hard="false")), "needs one use price"),
+        (_plan("x-x", "pay-per-use", _use("distance") * 2), "priced more than once for the same use"),
+        (_plan("x-x", "pay-per-use", _use("distance") + _quota() * 2), "has more than one quota"),
+        (
+            _plan("x-x", "pay-per-use", _use("distance") + _quota()).replace(
+                "goes-with-account", "stays-with-vehicle"
+            ),
+            "would begin anew at a sale",
+        ),
+        (
+            _plan("x-x", "pay-per-use", _use("time") + 'dimension = "motion"\n'),
+            "given together or not at all",
+        ),
+        (
+            _plan("x-x", "pay-per-use", _use("time") + 'dimension = "motion"\nvalue = "flying"\n'),
+            "has no motion 'flying'; known: driving, parked",
+        ),
+        (
+            _plan("x-x", "pay-per-use", _use("distance") + "included_units = 9\n" + _tier(9)),
+            "above_units: expected more than 9, found 9",
+        ),
+        (
+            _plan("x-x", "pay-per-use", _use("distance") + _tier(9) + _tier(8)),
+            "expected more than 9, found 8",
+        ),
+        (
+            _plan("x-x", "pay-per-use", _use("distance") + "".join(_tier(n) for n in range(1, 10))),
+            "9 tiers are more than the limit of 8",
+        ),
+        (_plan("x-x", "pay-per-use", "payment_grace_s = 9\n" + _use("distance")), "can miss a payment"),
+        (_plan("x-x", "trial", 'period = "P1M"\nentry_minor = 1'), "a trial costs nothing"),
+        (
+            _plan("x-x", "pay-per-use", _use("distance") + _quota(more="warn_percent = [80, 50]")),
+            "ascending, each once",
+        ),
+        (
+            _plan("x-x", "pay-per-use", _use("distance") + _quota(more="warn_percent = [0]")),
+            "expected 1 to 100",
+        ),
         (_plan("x-x", "pay-per-use"), "use_prices: missing"),
         (_plan("x-x", "trial", 'period = "P1M"', price=4900), "a trial costs nothing"),
         (_plan("x-x", "trial", 'period = "P1M"\n' + _use("distance")), "a trial costs nothing"),
