@@ -34,6 +34,7 @@ from support.cloud_world import (
 )
 from tuf.api.metadata import Metadata, Root
 
+from cloud import catalogue as cloud_catalogue
 from cloud import keyring
 from cloud.errors import StartError
 from cloud.store import Store
@@ -173,6 +174,99 @@ def test_a_price_must_fit_what_older_hardware_is_granted(tmp_path: Path) -> None
     _with_catalogue(tmp_path, path, add)
     with pytest.raises(ConfigError, match="on-time is no meter of seat-heating release 1"):
         _run(path)
+
+
+SEAT_BY_USE = """[[plans]]
+id = "seat-by-use"
+version = 1
+feature = "seat-heating"
+kind = "pay-per-use"
+title = "t"
+currency = "EUR"
+price_minor = 0
+ignition_cycles = 200
+resale = "goes-with-account"
+use_prices = [{ meter = "METER", price_minor = 3, per_units = 60000 }]
+"""
+READING = 'id = "active-time"\necu_reading = true\n'
+
+
+@pytest.mark.parametrize(
+    ("edits", "meter", "reason"),
+    [
+        ((), "active-time", 'the catalogue must say "detect-only"'),
+        ((("active-time", READING),), "active-time", 'the catalogue must say "detect-only"'),
+        ((("active-time", READING), ("by_use", "")), "heated-distance", "signs no count of heated-distance"),
+        ((("active-time", READING), ("by_use", "")), "active-time", ""),
+        ((("detect-only", ""),), "heated-distance", ""),
+    ],
+)
+def test_what_is_sold_by_use_is_counted_by_the_ecu_or_admits_that_nobody_counts(
+    tmp_path: Path, edits: tuple[tuple[str, str], ...], meter: str, reason: str
+) -> None:
+    def edit(source: Path) -> None:
+        path = source / "features/seat-heating/1.toml"
+        text = path.read_text()
+        for what, _ in edits:
+            if what == "active-time":
+                text = text.replace('id = "active-time"\n', READING)
+            elif what == "by_use":
+                text = text.replace("withdrawn = false", "by_use = true\nwithdrawn = false")
+            else:
+                text = text.replace('enforcement = "ecu-token"', 'enforcement = "detect-only"')
+        path.write_text(text)
+
+    path = _config(tmp_path, SEAT_BY_USE.replace("METER", meter))
+    _with_catalogue(tmp_path, path, edit)
+    if not reason:
+        _run(path)
+        return
+    with pytest.raises(ConfigError, match=reason):
+        _run(path)
+
+
+@pytest.mark.parametrize(
+    ("feature", "edits", "reason"),
+    [
+        (
+            "seat-heating",
+            [("withdrawn = false", "by_use = true\nwithdrawn = false")],
+            "by_use: the ECU signs",
+        ),
+        ("drivers-logbook", [('id = "distance"\n', 'id = "distance"\necu_reading = true\n')], "no ECU that"),
+    ],
+)
+def test_a_catalogue_that_was_signed_without_the_lint_is_not_served(
+    feature: str, edits: list[tuple[str, str]], reason: str
+) -> None:
+    text = (DEMO / f"catalogue/features/{feature}/1.toml").read_text()
+    for old, new in edits:
+        assert old in text
+        text = text.replace(old, new)
+    with pytest.raises(StartError, match=reason):
+        cloud_catalogue._release(f"features/{feature}/1.toml", text.encode())
+
+
+def test_what_is_sold_by_use_gets_no_new_token_without_a_reading(tmp_path: Path) -> None:
+    """The ECU's own limit is all that holds an owner who has root; a visit alone must not lift it."""
+
+    def edit(source: Path) -> None:
+        path = source / "features/seat-heating/1.toml"
+        text = path.read_text().replace('id = "active-time"\n', READING)
+        path.write_text(text.replace("withdrawn = false", "by_use = true\nwithdrawn = false"))
+
+    async def story(world: World) -> None:
+        device = await world.device()
+        await world.grant("seat-by-use")
+        (before,) = await world.cloud.store.run(lambda tx: tx.tokens(VIN))
+        world.now_ms[0] += 400 * DAY_MS  # the set is signed anew
+        await world.connect(device).hello()
+        (after,) = await world.cloud.store.run(lambda tx: tx.tokens(VIN))
+        assert after == before
+
+    path = _config(tmp_path, SEAT_BY_USE.replace("METER", "active-time"))
+    _with_catalogue(tmp_path, path, edit)
+    _run(path, story)
 
 
 def test_a_known_version_of_a_plan_keeps_its_terms(tmp_path: Path) -> None:
