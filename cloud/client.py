@@ -549,12 +549,14 @@ def _show_closed(closed: pb.ClosedInvoice) -> None:
 
 
 def _show_lines(found: pb.Invoice) -> None:
+    plans: dict[str, set[str]] = {}
+    for line in found.lines:
+        plans.setdefault(line.entitlement_id, set()).add(_plan(line))
     cli.print_table(
-        ["what", "plan", "quantity", "price", "amount", "declared gap"],
+        ["what", "quantity", "price", "amount", "declared gap"],
         [
             (
-                line.description,
-                f"{line.plan_id} v{line.plan_version}" if line.plan_id else "-",
+                line.description + (f" [{_plan(line)}]" if len(plans[line.entitlement_id]) > 1 else ""),
                 _quantity(line.quantity, line.unit),
                 money(line.price_minor, found.currency)
                 + (f" per {_quantity(line.per_units, line.unit)}" if line.meter_id else ""),
@@ -565,6 +567,10 @@ def _show_lines(found: pb.Invoice) -> None:
         ],
     )
     print(f"Total: {money(found.total_minor, found.currency)}")
+
+
+def _plan(line: pb.InvoiceLine) -> str:
+    return f"{line.plan_id} version {line.plan_version}"
 
 
 def _explain_lines() -> None:

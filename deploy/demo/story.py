@@ -395,7 +395,8 @@ class Story:
         self._show("fod-cloud", "invoice", VIN, "--config", stage.cloud_config)
         records = self._records()
         bills, truth = _bills(records), stage.truth()
-        self._beside_truth(bills, truth)
+        page.say("The invoice beside what the simulator itself wrote down as the truth:")
+        invoice = self._beside_truth(bills, truth)
         page.check(
             "each record once, in an unbroken chain, with a receipt",
             f"{len(records)} records, receipts up to {status['journal']['receipts_to']}",
@@ -411,9 +412,6 @@ class Story:
                 f"{bill.value} <= {true:.1f} <= {bill.value + bill.gap} {unit}",
                 held=bill.is_bounded and bill.value <= true <= bill.value + bill.gap,
             )
-        invoice = self.stage.done("fod-cloud", "invoice", VIN, "--json", "--config", stage.cloud_config).data[
-            "invoices"
-        ][0]
         quantity = sum(int(x["quantity"]) for x in invoice["lines"] if x["meter_id"] == ACTIVE_TIME)
         page.check(
             "the invoice bills exactly the metered time",
@@ -556,25 +554,29 @@ class Story:
         ).data
         return found
 
-    def _beside_truth(self, bills: dict[str, Bill], truth: dict[str, Any]) -> None:
-        time_bill, way_bill = bills[ACTIVE_TIME], bills[HEATED_DISTANCE]
-        self.page.table(
-            ["meter", "billed", "truth", "declared, not billed"],
-            [
+    def _beside_truth(self, bills: dict[str, Bill], truth: dict[str, Any]) -> dict[str, Any]:
+        """Shows each meter's line of the invoice beside the truth; returns the invoice."""
+        stage = self.stage
+        invoice: dict[str, Any] = stage.done(
+            "fod-cloud", "invoice", VIN, "--json", "--config", stage.cloud_config
+        ).data["invoices"][0]
+        rows: list[tuple[str, ...]] = []
+        for meter, true, unit in (
+            (ACTIVE_TIME, truth["heater_on_ms"], "ms"),
+            (HEATED_DISTANCE, truth["heated_distance_m"], "m"),
+        ):
+            lines = [line for line in invoice["lines"] if line["meter_id"] == meter]
+            rows.append(
                 (
-                    "active time",
-                    f"{time_bill.value} ms",
-                    f"{truth['heater_on_ms']:.1f} ms",
-                    f"{time_bill.gap} ms",
-                ),
-                (
-                    "heated distance",
-                    f"{way_bill.value} m",
-                    f"{truth['heated_distance_m']:.1f} m",
-                    f"{way_bill.gap} m",
-                ),
-            ],
-        )
+                    meter,
+                    f"{sum(int(line['quantity']) for line in lines)} {unit}",
+                    f"{sum(int(line['amount_minor']) for line in lines) / 100:.2f} {invoice['currency']}",
+                    f"{true:.1f} {unit}",
+                    f"{bills[meter].gap} {unit}",
+                )
+            )
+        self.page.table(["meter", "on the invoice", "for", "truth", "declared, not billed"], rows)
+        return invoice
 
     def _show(self, *words: str | Path, most: int = 12) -> str:
         """Runs a command that must succeed, and prints it; returns its standard output."""

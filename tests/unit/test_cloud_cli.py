@@ -164,7 +164,7 @@ def test_from_a_payment_to_a_corrected_invoice(running: Running, capsys: pytest.
     assert "--period goes with --close" in say("invoice", ACCOUNT, "--period", "2026-03", code=2)
     words = say("invoice", ACCOUNT, "--close", "--period", "2026-03")
     assert "Invoice 1 for acc-4711, 2026-03-01 00:00:00Z to 2026-04-01 00:00:00Z, closed 2026-04-02" in words
-    assert "seat-heating-monthly v1" in words
+    assert "Heated driver's seat: 1 started period of P1M  " in words
     assert "Total: EUR 4.99" in words
     assert say("invoice", ACCOUNT, "--close", "--period", "2026-03") == words
     digest = words.partition("SHA-256: ")[2].split()[0]

@@ -171,6 +171,33 @@ def test_migrations_make_the_tables_that_the_code_uses(tmp_path: Path) -> None:
     engine.dispose()
 
 
+def test_rights_of_before_are_due_and_their_trials_stay_had(tmp_path: Path) -> None:
+    url = sa.make_url(f"sqlite:///{tmp_path}/cloud.db")
+    Store(url).close()
+    with sqlite3.connect(tmp_path / "cloud.db") as connection:
+        for table in ("trials", "right_terms", "purchases", "invoices", "billed_records", "billed_fees"):
+            connection.execute(f"DROP TABLE {table}")
+        connection.execute("DROP TABLE corrections")
+        connection.execute("DROP INDEX ix_entitlements_account")
+        connection.execute("DROP INDEX ix_entitlements_due_ms")
+        for column in ("due_ms", "payment_failed_ms"):
+            connection.execute(f"ALTER TABLE entitlements DROP COLUMN {column}")
+        connection.execute("ALTER TABLE plan_versions DROP COLUMN payment_grace_s")
+        connection.execute("UPDATE alembic_version SET version_num = '0004'")
+        connection.execute("INSERT INTO vehicles VALUES ('V', 'veh-0', 0, 0, x'', 0, 1, 0)")
+        for number, account, kind in ((1, "acc-1", 3), (2, "acc-1", 3), (3, "acc-2", 2)):
+            connection.execute(
+                "INSERT INTO entitlements VALUES (?, 'V', 'seat-heating', ?, ?, x'', 0, 0, '', 1, 0)",
+                (f"ent-{number}", account, kind),
+            )
+    connection.close()
+    store = Store(url)
+    had = [store.run_here(lambda tx, a=a: tx.had_trial(a, "seat-heating")) for a in ("acc-1", "acc-2")]  # type: ignore[misc]
+    assert had == [True, False]
+    assert store.run_here(lambda tx: tx.due_vehicles(0)) == ["V"]
+    store.close()
+
+
 def test_every_commit_is_synced_and_foreign_keys_hold(tmp_path: Path) -> None:
     store = Store(sa.make_url(f"sqlite:///{tmp_path}/cloud.db"))
     found = [
