@@ -507,7 +507,8 @@ def top_up(stub: Stub, arguments: argparse.Namespace) -> int:
     answer = stub.TopUpEntitlement(request, timeout=CALL_TIMEOUT_S)
     if arguments.json:
         return _json(answer)
-    print(f"{arguments.entitlement}: {_quotas(answer.entitlement)}; version {answer.version}")
+    (quota,) = answer.entitlement.entitlement.quotas
+    print(f"{arguments.entitlement}: {quota.limit} of {quota.meter_id} bought; version {answer.version}")
     return cli.EXIT_DONE
 
 

@@ -14,7 +14,7 @@ import functools
 import hashlib
 import re
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import TypeVar
 
 from google.protobuf.message import Message
@@ -40,6 +40,7 @@ from cloud.store import (
     AuditRow,
     EntitlementRow,
     InvoiceRow,
+    OpenUsageRow,
     RequestRow,
     Store,
     Transaction,
@@ -778,17 +779,21 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
         """Lists the rights of a vehicle's present owner, ended ones included."""
         vin = _vin(request.vin)
 
-        def work(tx: Transaction) -> pb.ListEntitlementsResponse:
+        def work(tx: Transaction) -> tuple[pb.ListEntitlementsResponse, list[OpenUsageRow]]:
             owner_epoch = known_vehicle(tx, vin).owner_epoch
             status, signed = tx.status(vin), tx.vehicle_set(vin)
             mine = [row for row in tx.entitlements(vin) if row.owner_epoch == owner_epoch]
-            uses = self._quota_uses(tx, vin, mine)
-            return pb.ListEntitlementsResponse(
-                entitlements=[_record(row, status, uses.get(row.entitlement_id, ())) for row in mine],
+            response = pb.ListEntitlementsResponse(
+                entitlements=[_record(row, status) for row in mine],
                 version=signed.version if signed else 0,
             )
+            counts = any(record.entitlement.quotas for record in response.entitlements)
+            return response, tx.stored_usage(known_vehicle(tx, vin).source) if counts else []
 
-        return await self._store.run(work)
+        response, usage = await self._store.run(work)
+        # Long usage takes seconds to read, for which no other vehicle should wait.
+        await asyncio.to_thread(_add_quota_uses, response.entitlements, usage, self._now_ms())
+        return response
 
     async def WatchFeatures(  # noqa: N802 (named by the contract)
         self, request: pb.WatchFeaturesRequest, context: identity.Context
@@ -890,19 +895,7 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
 
     def _one_record(self, tx: Transaction, vin: str, entitlement_id: str) -> pb.EntitlementRecord:
         row = next(r for r in tx.entitlements(vin) if r.entitlement_id == entitlement_id)
-        return _record(row, tx.status(vin), self._quota_uses(tx, vin, [row]).get(entitlement_id, ()))
-
-    def _quota_uses(
-        self, tx: Transaction, vin: str, rows: Sequence[EntitlementRow]
-    ) -> dict[str, list[pb.QuotaUse]]:
-        """How far quotas are used up, by right, as far as the vehicle has uploaded its use."""
-        rights = [entitlement_pb2.Entitlement.FromString(row.content) for row in rows]
-        rights = [right for right in rights if right.quotas]
-        if not rights:
-            return {}
-        used = [invoice.used(row) for row in tx.stored_usage(known_vehicle(tx, vin).source)]
-        now_ms = self._now_ms()
-        return {right.entitlement_id: rating.quota_uses(right, used, now_ms) for right in rights}
+        return _record(row, tx.status(vin))
 
     def _vehicle(self, tx: Transaction, row: VehicleRow) -> pb.Vehicle:
         return pb.Vehicle(
@@ -1032,15 +1025,21 @@ def _closed(row: InvoiceRow) -> pb.ClosedInvoice:
     return pb.ClosedInvoice(content=row.content, sha256=row.sha256, closed_ms=row.closed_ms)
 
 
-def _record(
-    row: EntitlementRow, status: dict[str, bytes], uses: Sequence[pb.QuotaUse] = ()
-) -> pb.EntitlementRecord:
+def _add_quota_uses(
+    records: Iterable[pb.EntitlementRecord], usage: Sequence[OpenUsageRow], now_ms: int
+) -> None:
+    """Adds how far quotas are used up, by what the vehicle has uploaded."""
+    used = [invoice.used(row) for row in usage]
+    for record in records:
+        record.quota_uses.extend(rating.quota_uses(record.entitlement, used, now_ms))
+
+
+def _record(row: EntitlementRow, status: dict[str, bytes]) -> pb.EntitlementRecord:
     record = pb.EntitlementRecord(
         entitlement=entitlement_pb2.Entitlement.FromString(row.content),
         granted_ms=row.granted_ms,
         revoked_ms=row.revoked_ms,
         revoke_reason=row.revoke_reason,
-        quota_uses=uses,
         payment_failed_ms=row.payment_failed_ms,
     )
     if row.feature_id in status:

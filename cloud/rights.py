@@ -310,7 +310,7 @@ class Rights:
             owner_epoch=vehicle.owner_epoch,
             anchor_ms=now_ms,
         )
-        tx.add_entitlement(_with_content(tx, row, right))
+        tx.add_entitlement(_with_content(row, right))
         if plan.kind is PlanKind.TRIAL:
             tx.add_trial(account, plan.feature)
         self._sign_token(tx, vin, ecus, release, right)
@@ -349,7 +349,7 @@ class Rights:
             raise NotPossibleError(f"right {entitlement_id} does not renew, so it has no payments")
         if paid and row.payment_failed_ms:
             right.display_terms.payment_failed = False
-            right.offline_grace_s = self._terms(tx, row, now_ms).offline_grace_s
+            right.offline_grace_s = _terms_at(row, _terms_rows(tx, row), now_ms).offline_grace_s
             right.validity.not_after_s = _end_s(right, row.anchor_ms, now_ms)
             _set_period_starts(right, row.anchor_ms, now_ms)
             row = replace(row, payment_failed_ms=0)
@@ -372,7 +372,7 @@ class Rights:
             signed = tx.vehicle_set(vin)
             assert signed is not None
             return signed.version
-        tx.set_entitlement(_with_content(tx, row, right))
+        tx.set_entitlement(_with_content(row, right, _terms_rows(tx, row)))
         if self.refresh(tx, vin, now_ms):  # without any grace it ends at once
             signed = tx.vehicle_set(vin)
             assert signed is not None
@@ -394,9 +394,10 @@ class Rights:
         _count(tx, "new_rights", self._limits.new_rights_per_hour, now_ms)
         bought = tx.purchases([entitlement_id]).get(entitlement_id, [])
         (quota,) = right.quotas
-        terms = self._terms(tx, row, now_ms)
+        terms_rows = _terms_rows(tx, row)
+        terms = _terms_at(row, terms_rows, now_ms)
         pack = terms.quotas[0].limit
-        if not tx.terms([entitlement_id]):
+        if not terms_rows:
             pack = quota.limit - sum(purchase.units for purchase in bought)
         if quota.limit + packs * pack > MAX_UNITS:
             raise NotPossibleError(f"right {entitlement_id} would hold more than {MAX_UNITS} units")
@@ -406,7 +407,7 @@ class Rights:
             bought.append(PurchaseRow(entitlement_id, number, now_ms, pack, price_minor))
             tx.add_purchase(bought[-1])
         quota.limit += packs * pack
-        tx.set_entitlement(_with_content(tx, row, right))
+        tx.set_entitlement(_with_content(row, right, terms_rows))
         return self._publish(tx, vin, now_ms)
 
     def change_plan(
@@ -443,7 +444,7 @@ class Rights:
                     f"plan {plan_id} has another {what} than right {entitlement_id}: {offered}, not {has}; "
                     "end the right and grant the plan"
                 )
-        terms = tx.terms([entitlement_id]).get(entitlement_id, [])
+        terms = _terms_rows(tx, row)
         newest = entitlement_pb2.Entitlement.FromString(terms[-1].content) if terms else right
         if (newest.plan_id, newest.plan_version) == (plan.id, plan.version):
             raise NotPossibleError(
@@ -457,7 +458,7 @@ class Rights:
         changed = self._terms_of(plan, right)
         content = changed.SerializeToString(deterministic=True)
         tx.put_terms(TermsRow(entitlement_id, from_ms, content))
-        tx.set_entitlement(_with_content(tx, row, right))
+        tx.set_entitlement(_with_content(row, right, _terms_rows(tx, row)))
         self.refresh(tx, vin, now_ms)
         return from_ms, plan
 
@@ -488,17 +489,12 @@ class Rights:
 
     def _keep_terms(self, tx: Transaction, row: EntitlementRow) -> None:
         """Keeps the terms of the grant beside what follows them."""
-        if not tx.terms([row.entitlement_id]):
+        if not _terms_rows(tx, row):
             right = entitlement_pb2.Entitlement.FromString(row.content)
             if right.plan_kind == _PREPAID:
                 bought = tx.purchases([row.entitlement_id]).get(row.entitlement_id, [])
                 right.quotas[0].limit -= sum(purchase.units for purchase in bought)
             tx.put_terms(TermsRow(row.entitlement_id, 0, right.SerializeToString(deterministic=True)))
-
-    def _terms(self, tx: Transaction, row: EntitlementRow, now_ms: int) -> entitlement_pb2.Entitlement:
-        """The terms that count at an instant."""
-        terms = [t for t in tx.terms([row.entitlement_id]).get(row.entitlement_id, ()) if t.from_ms <= now_ms]
-        return entitlement_pb2.Entitlement.FromString(terms[-1].content if terms else row.content)
 
     def _payment_grace_s(self, tx: Transaction, row: EntitlementRow) -> int:
         """How long the right goes on after a payment failed, by the version of its plan."""
@@ -518,11 +514,12 @@ class Rights:
         retired = any(token.signer_id(row.content) != self._token_key_id for row in tx.tokens(vin))
         changed = signed is None or retired or self._is_stale(signed, now_ms)
         ecus = tx.ecus(vin)
-        for row in tx.entitlements(vin):
-            if row.revoked_ms:
-                continue
+        live = [row for row in tx.entitlements(vin) if not row.revoked_ms]
+        changed_terms = tx.terms([row.entitlement_id for row in live])
+        for row in live:
             right = entitlement_pb2.Entitlement.FromString(row.content)
-            self._take_terms(tx, row, right, now_ms)
+            terms = changed_terms.get(row.entitlement_id, [])
+            _take_terms(right, _terms_at(row, terms, now_ms), row.anchor_ms, now_ms)
             end_ms = right.validity.not_after_s * 1000
             renews = _renews(right) and not row.payment_failed_ms
             if end_ms and renews and now_ms >= end_ms - RENEW_AHEAD_MS:
@@ -537,7 +534,7 @@ class Rights:
                 self._end(tx, vin, row, why, now_ms)
                 changed = True
                 continue
-            judged = _with_content(tx, row, right)
+            judged = _with_content(row, right, terms)
             if judged != row:
                 tx.set_entitlement(judged)
                 changed |= judged.content != row.content
@@ -548,29 +545,6 @@ class Rights:
                 self._renew_tokens(tx, vin, ecus)
             self._publish(tx, vin, now_ms)
         return changed
-
-    def _take_terms(
-        self, tx: Transaction, row: EntitlementRow, right: entitlement_pb2.Entitlement, now_ms: int
-    ) -> None:
-        """Puts the terms that count by now into a right whose plan was changed."""
-        terms = self._terms(tx, row, now_ms)
-        if (terms.plan_id, terms.plan_version) == (right.plan_id, right.plan_version):
-            return
-        failed, limits = right.display_terms.payment_failed, list(right.quotas)
-        right.plan_id, right.plan_version = terms.plan_id, terms.plan_version
-        right.display_terms.CopyFrom(terms.display_terms)
-        right.display_terms.payment_failed = failed
-        right.offline_grace_s = 0 if failed else terms.offline_grace_s
-        right.validity.ignition_cycles = terms.validity.ignition_cycles
-        right.validity.operating_s = terms.validity.operating_s
-        if right.plan_kind != _PREPAID:
-            del right.quotas[:]
-            right.quotas.extend(terms.quotas)
-            _set_period_starts(right, row.anchor_ms, now_ms)
-        else:
-            assert limits  # bought units stay what they are
-        if not right.validity.ByteSize():
-            right.ClearField("validity")
 
     def _is_stale(self, signed: SetRow, now_ms: int) -> bool:
         """True if a set is about to expire, of replaced keys, or without what all vehicles get now."""
@@ -1171,7 +1145,41 @@ def _paid_entry(row: EntitlementRow, account: str, feature_id: str) -> bool:
     return entitlement_pb2.Entitlement.FromString(row.content).display_terms.entry_minor > 0
 
 
-def _with_content(tx: Transaction, row: EntitlementRow, right: entitlement_pb2.Entitlement) -> EntitlementRow:
+def _take_terms(
+    right: entitlement_pb2.Entitlement, terms: entitlement_pb2.Entitlement, anchor_ms: int, now_ms: int
+) -> None:
+    """Puts the terms that count by now into a right whose plan was changed; bought units stay."""
+    if (terms.plan_id, terms.plan_version) == (right.plan_id, right.plan_version):
+        return
+    failed = right.display_terms.payment_failed
+    right.plan_id, right.plan_version = terms.plan_id, terms.plan_version
+    right.display_terms.CopyFrom(terms.display_terms)
+    right.display_terms.payment_failed = failed
+    right.offline_grace_s = 0 if failed else terms.offline_grace_s
+    right.validity.ignition_cycles = terms.validity.ignition_cycles
+    right.validity.operating_s = terms.validity.operating_s
+    if not right.validity.ByteSize():
+        right.ClearField("validity")
+    if right.plan_kind != _PREPAID:
+        del right.quotas[:]
+        right.quotas.extend(terms.quotas)
+        _set_period_starts(right, anchor_ms, now_ms)
+
+
+def _terms_rows(tx: Transaction, row: EntitlementRow) -> list[TermsRow]:
+    """Terms of a right whose plan was changed, oldest first; empty if it never was."""
+    return tx.terms([row.entitlement_id]).get(row.entitlement_id, [])
+
+
+def _terms_at(row: EntitlementRow, terms: Sequence[TermsRow], now_ms: int) -> entitlement_pb2.Entitlement:
+    """The terms that count at an instant."""
+    begun = [found for found in terms if found.from_ms <= now_ms]
+    return entitlement_pb2.Entitlement.FromString(begun[-1].content if begun else row.content)
+
+
+def _with_content(
+    row: EntitlementRow, right: entitlement_pb2.Entitlement, terms: Sequence[TermsRow] = ()
+) -> EntitlementRow:
     """The row with this content, and with the time at which it has to be looked at again."""
     end_ms = right.validity.not_after_s * 1000
     due_ms = NEVER_MS
@@ -1179,7 +1187,6 @@ def _with_content(tx: Transaction, row: EntitlementRow, right: entitlement_pb2.E
         due_ms = end_ms - RENEW_AHEAD_MS
     elif end_ms:
         due_ms = end_ms + right.offline_grace_s * 1000
-    terms = tx.terms([row.entitlement_id]).get(row.entitlement_id, ())
     if terms:
         newest = entitlement_pb2.Entitlement.FromString(terms[-1].content)
         if (newest.plan_id, newest.plan_version) != (right.plan_id, right.plan_version):

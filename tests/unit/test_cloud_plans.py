@@ -334,7 +334,7 @@ def test_prepaid_units_are_bought_counted_and_shown(tmp_path: Path) -> None:
         record = await _top_up(world, right.entitlement_id, 2, request_id)
         assert await _top_up(world, right.entitlement_id, 2, request_id) == record  # not bought twice
         assert record.entitlement.quotas[0].limit == 300_000
-        (use,) = record.quota_uses
+        (use,) = (await _listed(world))[0].quota_uses
         assert (use.used, use.limit, use.hard) == (90_000, 300_000, True)
         seen = verify_with_tuf(await world.connect(device).hello(), world.now_ms[0])
         assert seen.rights.entitlements[0].quotas[0].limit == 300_000

@@ -442,7 +442,9 @@ class EntitlementRecord(_message.Message):
 
     @_builtins.property
     def quota_uses(self) -> _containers.RepeatedCompositeFieldContainer[Global___QuotaUse]:
-        """How far its quotas are used up, by what the vehicle has uploaded."""
+        """How far its quotas are used up, by what the vehicle has uploaded; only in
+        ListEntitlements.
+        """
 
     def __init__(
         self,
