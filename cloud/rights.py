@@ -356,11 +356,11 @@ class Rights:
         elif not paid and not row.payment_failed_ms:
             self._keep_terms(tx, row)  # the grace without contact, which ends now, is theirs
             end_ms = right.validity.not_after_s * 1000
-            period_ms = _period_start_ms(right, row.anchor_ms, end_ms - 1)
-            for quota in right.quotas:
-                kept = [
-                    start for start in quota.period_starts_s if start * 1000 <= max(now_ms, period_ms - 1)
-                ]
+            # A second before, because the signed end is rounded up to a whole one.
+            period_ms = _period_start_ms(right, row.anchor_ms, end_ms - 1000)
+            begun_s = -(-_period_start_ms(right, row.anchor_ms, now_ms) // 1000)
+            for quota in right.quotas:  # unpaid time gets no new allowance
+                kept = [start for start in quota.period_starts_s if start <= begun_s]
                 del quota.period_starts_s[:]
                 quota.period_starts_s.extend(kept)
             grace_s = self._payment_grace_s(tx, row)
@@ -1079,13 +1079,9 @@ def _set_period_starts(right: entitlement_pb2.Entitlement, anchor_ms: int, now_m
     period = Period.parse(right.display_terms.period)
     if period is None or not _renews(right):
         return
-    starts: list[int] = []
-    index = period.index_at(anchor_ms, now_ms)
-    while len(starts) < MAX_PERIOD_STARTS and (
-        not starts or period.start_ms(anchor_ms, index) < right.validity.not_after_s * 1000
-    ):
-        starts.append(-(-period.start_ms(anchor_ms, index) // 1000))
-        index += 1
+    first = period.index_at(anchor_ms, now_ms)
+    ahead = (-(-period.start_ms(anchor_ms, first + n) // 1000) for n in range(MAX_PERIOD_STARTS))
+    starts = [start for n, start in enumerate(ahead) if n == 0 or start < right.validity.not_after_s]
     for quota in right.quotas:
         del quota.period_starts_s[:]
         quota.period_starts_s.extend(starts)
