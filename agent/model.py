@@ -186,6 +186,20 @@ class ReadBackSpec(NamedTuple):
     counter_offset: int | None
 
 
+class ReadingSpec(NamedTuple):
+    """Where the ECU says, under its own signature, what it counted (docs/reading.md).
+
+    Args:
+        did: data identifier, ISO 14229-1 service 0x22.
+        interval_s: period of the reading while the feature is on, seconds.
+        meter_id: duration meter that measures the same, whose records carry it.
+    """
+
+    did: int
+    interval_s: int
+    meter_id: str
+
+
 @dataclass(frozen=True, slots=True)
 class FeatureSpec:
     """One release of one feature, as the signed catalogue describes it.
@@ -201,6 +215,7 @@ class FeatureSpec:
         release_when: must hold before a feature is taken away.
         hold_max_s: longest time in HELD, seconds.
         read_back_interval_s: period of the read-back while active, seconds.
+        reading: the ECU's own signed count; None if it signs none.
     """
 
     feature_id: str
@@ -221,6 +236,7 @@ class FeatureSpec:
     read_back_interval_s: int
     meters: tuple[MeterSpec, ...]
     sha256: str = ""
+    reading: ReadingSpec | None = None
 
     @property
     def inputs(self) -> frozenset[str]:

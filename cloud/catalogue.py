@@ -161,6 +161,7 @@ def _release(path: str, content: bytes) -> Release:
             feature_number=_whole(actuator["feature_number"]) if actuator["kind"] == "token" else 0,
             withdrawn=feature["withdrawn"] is True,
             meters={str(m["id"]): str(m["kind"]) for m in document.get("meters", [])},
+            reading_meter=str(document.get("reading", {}).get("meter", "")),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StartError(f"{path}: not a feature file: {error!r}") from error

@@ -21,11 +21,14 @@ class Ecu:
 
     Args:
         uid: 16 bytes, to which its tokens are bound.
+        reading_key: Ed25519 public key with which it signs what it counts, 32 bytes; empty if it
+            signs nothing.
     """
 
     identifier: str
     hardware_id: str
     uid: bytes
+    reading_key: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,7 @@ class Release:
         feature_number: number in a token; 0 if the ECU verifies none.
         meters: meter id -> kind, "duration" or "distance".
         withdrawn: no new grants; existing rights go on.
+        reading_meter: the meter that the ECU's own counter is compared with; empty if it signs none.
     """
 
     path: str
@@ -50,6 +54,7 @@ class Release:
     feature_number: int
     withdrawn: bool
     meters: dict[str, str]
+    reading_meter: str = ""
 
 
 @dataclass(frozen=True, slots=True)

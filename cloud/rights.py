@@ -132,6 +132,7 @@ class Rights:
             owner = tx.ecu_owner(ecu.uid)
             if owner is not None:
                 raise ExistsError(f"ECU uid {ecu.uid.hex()} ({ecu.identifier}) is built into vehicle {owner}")
+            _check_reading_key(tx, ecu.uid, ecu.reading_key)
         source = f"veh-{self._random(8).hex()}"
         tx.add_vehicle(vin, source, ecus, now_ms)
         self._publish(tx, vin, now_ms)
@@ -147,6 +148,7 @@ class Rights:
         *,
         per_year: int,
         now_ms: int,
+        reading_key: bytes = b"",
     ) -> Rebound:
         """Binds a vehicle's rights to the ECU that was put in the place of another.
 
@@ -158,11 +160,13 @@ class Rights:
 
         Args:
             per_year: swaps that one vehicle may have within YEAR_MS.
+            reading_key: with which the new ECU signs what it counts, 32 bytes; empty if it signs
+                nothing or its key is registered already.
 
         Raises:
             NotFoundError: no such vehicle, or it has no such ECU.
             NotPossibleError: another ECU is on record, or the quota is used up.
-            ExistsError: the new ECU is built into a vehicle already.
+            ExistsError: the new ECU is built into a vehicle already, or has another reading key.
         """
         known_vehicle(tx, vin)
         old = next((ecu for ecu in tx.ecus(vin) if ecu.identifier == ecu_identifier), None)
@@ -177,13 +181,16 @@ class Rights:
         if owner is not None:
             raise ExistsError(f"ECU uid {new_uid.hex()} is built into vehicle {owner}")
         _check_quota(vin, tx.ecu_swaps(vin, now_ms - YEAR_MS), per_year)
+        _check_reading_key(tx, new_uid, reading_key)
+        if reading_key:
+            tx.put_reading_key(new_uid, reading_key)
         self.refresh(tx, vin, now_ms)  # a right that has run out gets no new token
         signed = [row for row in tx.tokens(vin) if row.ecu_identifier == ecu_identifier]
         burning = [self._burn(tx, vin, old, row) for row in signed]
         # All of them, also of features without a token now: the vehicle remembers them by the ECU's place.
         tx.copy_token_counters(old_uid, new_uid)
         tx.replace_ecu(vin, ecu_identifier, new_uid, now_ms)
-        new = replace(old, uid=new_uid)
+        new = replace(old, uid=new_uid, reading_key=reading_key)
         live = {
             row.feature_id: entitlement_pb2.Entitlement.FromString(row.content)
             for row in tx.entitlements(vin)
@@ -848,6 +855,13 @@ def _fits(release: Release, ecus: Sequence[Ecu]) -> bool:
     if release.ecu_identifier == HEAD_UNIT:
         return True
     return any(e.identifier == release.ecu_identifier and e.hardware_id == release.hardware_id for e in ecus)
+
+
+def _check_reading_key(tx: Transaction, uid: bytes, key: bytes) -> None:
+    """An ECU has one key for its life: another one would let somebody else speak for it."""
+    known = tx.reading_key(uid)
+    if key and known is not None and known != key:
+        raise ExistsError(f"ECU uid {uid.hex()} is registered with another reading key; it was not changed")
 
 
 def _check_quota(vin: str, swaps: Sequence[int], per_year: int) -> None:

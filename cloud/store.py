@@ -159,6 +159,43 @@ class ReceiptRow:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadingRow:
+    """The latest reading of one feature, and what was metered since.
+
+    Args:
+        ecu_uid, content, stored_ms: of the latest reading; empty and 0 before the first.
+        is_verified: its signature was checked; only then it is compared with the next one.
+        reading, token_counter, on_ms, executions: as it says.
+        excess_ms: what the ECU counted beyond what was metered and declared, at that reading;
+            below 0 by what the window that carried it may hold of later use.
+        value_ms, gap_ms, is_unbounded: sums of the records behind that reading.
+        window_end_ms, window_ms: end of the newest window, and value and gap of its records.
+        block_on_ms, block_value_ms: counted by the ECU and metered in the present block.
+        contact_day, silent_days: newest day of contact since 1970, and days without a reading.
+    """
+
+    feature_id: str
+    ecu_uid: bytes = b""
+    content: bytes = b""
+    stored_ms: int = 0
+    is_verified: bool = False
+    reading: int = 0
+    token_counter: int = 0
+    on_ms: int = 0
+    executions: int = 0
+    excess_ms: int = 0
+    value_ms: int = 0
+    gap_ms: int = 0
+    is_unbounded: bool = False
+    window_end_ms: int = 0
+    window_ms: int = 0
+    block_on_ms: int = 0
+    block_value_ms: int = 0
+    contact_day: int = 0
+    silent_days: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class FindingRow:
     """What does not fit about a vehicle, in words."""
 
@@ -219,11 +256,15 @@ class Transaction:
                     "uid": ecu.uid,
                 },
             )
+            if ecu.reading_key:
+                self.put_reading_key(ecu.uid, ecu.reading_key)
 
     def ecus(self, vin: str) -> list[Ecu]:
         """A vehicle's ECUs, by identifier."""
-        table = schema.ecus
-        query = sa.select(table.c.ecu_identifier, table.c.hardware_id, table.c.uid)
+        table, keys = schema.ecus, schema.reading_keys
+        query = sa.select(
+            table.c.ecu_identifier, table.c.hardware_id, table.c.uid, sa.func.coalesce(keys.c.public_key, b"")
+        ).join_from(table, keys, keys.c.ecu_uid == table.c.uid, isouter=True)
         rows = self._connection.execute(query.where(table.c.vin == vin).order_by(table.c.ecu_identifier))
         return [Ecu(*row) for row in rows]
 
@@ -248,6 +289,12 @@ class Transaction:
                 "new_uid": new_uid,
             },
         )
+
+    def former_ecus(self, vin: str, ecu_identifier: str) -> frozenset[bytes]:
+        """Uids of the ECUs that were taken out of one place of a vehicle."""
+        table = schema.ecu_swaps
+        mine = (table.c.vin == vin) & (table.c.ecu_identifier == ecu_identifier)
+        return frozenset(self._connection.scalars(sa.select(table.c.old_uid).where(mine)))
 
     def ecu_swaps(self, vin: str, since_ms: int) -> list[int]:
         """When ECUs of a vehicle were swapped after `since_ms`, oldest first."""
@@ -530,6 +577,29 @@ class Transaction:
             query = query.where(table.c.owner_epoch == owner_epoch)
         query = query.order_by(table.c.journal_id, table.c.seq).limit(limit)
         return [UsageRow(*row) for row in self._connection.execute(query)]
+
+    # --- readings ---------------------------------------------------------
+
+    def put_reading_key(self, ecu_uid: bytes, public_key: bytes) -> None:
+        """Registers the key with which an ECU signs what it counts."""
+        self._put(schema.reading_keys, {"ecu_uid": ecu_uid}, {"public_key": public_key})
+
+    def reading_key(self, ecu_uid: bytes) -> bytes | None:
+        """The key with which an ECU signs what it counts."""
+        table = schema.reading_keys
+        return self._connection.scalar(sa.select(table.c.public_key).where(table.c.ecu_uid == ecu_uid))
+
+    def readings(self, vin: str) -> list[ReadingRow]:
+        """The latest readings of a vehicle's ECUs, by feature."""
+        table = schema.readings
+        columns = [table.c[name] for name in ReadingRow.__slots__]
+        query = sa.select(*columns).where(table.c.vin == vin).order_by(table.c.feature_id)
+        return [ReadingRow(*row) for row in self._connection.execute(query)]
+
+    def put_reading(self, vin: str, row: ReadingRow) -> None:
+        """Stores the latest reading of a feature, and what was metered since."""
+        values = {name: getattr(row, name) for name in row.__slots__ if name != "feature_id"}
+        self._put(schema.readings, {"vin": vin, "feature_id": row.feature_id}, values)
 
     # --- requests, audit, catalogue ----------------------------------------
 
