@@ -834,6 +834,7 @@ class Engine:
         reading = reading_of(spec, event.answer) if event.error is None else None
         if reading is None or spec.reading is None or feature.entitlement is None:
             feature.reading_ns = now_ns + BACKOFF_NS[-1]
+            feature.reading_wanted &= not isinstance(event.error, NegativeResponseError)
             why = str(event.error or f"answer {event.answer[:16].hex(' ')} is not as the catalogue says")
             self._say("warning", "the ECU gave no reading", feature=spec.feature_id, reason=why)
             return

@@ -156,7 +156,7 @@ def _ecu(text: str) -> operator_service_pb2.Ecu:
     match = re.fullmatch(r"([^:]+):([^:]+):([0-9a-fA-F]{32})(?::([0-9a-fA-F]{64}))?", text)
     if match is None:
         raise argparse.ArgumentTypeError(
-            "expected IDENT:HWID:UIDHEX, the uid in 32 hex digits, or IDENT:HWID:UIDHEX:KEYHEX, the key in 64;"
+            "expected IDENT:HWID:UIDHEX, the uid in 32 hex digits, and perhaps :KEYHEX, the key in 64;"
             f" found {text!r}"
         )
     return operator_service_pb2.Ecu(

@@ -339,7 +339,7 @@ def note_contact(tx: Transaction, vin: str, features: Mapping[str, Attested], no
             continue
         row = replace(row, contact_day=day, silent_days=row.silent_days + 1)
         tx.put_reading(vin, row)
-        if row.silent_days > SILENT_DAYS:
+        if row.silent_days == SILENT_DAYS + 1:  # told once in each silence
             text = f"{signed.feature_id}: no reading under token {signed.counter} since reading {row.reading}"
             findings.add(tx, vin, SILENT, f"{text}, for {SILENT_DAYS} days of contact", now_ms)
 

@@ -1,4 +1,6 @@
-"""Makes reading.json, the golden vectors of docs/reading.md: `python tests/vectors/make_reading_vectors.py`.
+"""Makes reading.json, the golden vectors of docs/reading.md.
+
+To make it anew: `PYTHONPATH=tests python tests/vectors/make_reading_vectors.py`.
 
 Builds every byte from cbor2 and cryptography alone, as make_token_vectors.py
 does. The keys are published test keys: never use them for anything else.
@@ -12,11 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import cbor2
-
-if __package__:
-    from vectors.make_token_vectors import FOREIGN, OTHER_UID, UID, Key, dumps
-else:
-    from make_token_vectors import FOREIGN, OTHER_UID, UID, Key, dumps
+from vectors.make_token_vectors import FOREIGN, OTHER_UID, UID, Key, dumps
 
 ECU_KEY = Key("ECU reading key")
 """The seat module's own key."""
