@@ -1,32 +1,29 @@
 """Judges what ECUs sign of their own counts against what vehicles say that they metered.
 
-Format and rules: docs/reading.md. `parse`, `Reading.check_signature`, `with_record`
-and `with_reading` are pure; `follow` and `note_contact` work inside one
-transaction. A reading bills nothing and refuses nothing: what does not fit
-becomes a finding for a person, and the usage that brought it is taken all the same.
+Format and rules: docs/reading.md. Pure: no I/O and no clock. A reading bills
+nothing and refuses nothing: what does not fit becomes a finding for a person
+(cloud/attestation.py), and the usage that brought it is taken all the same.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from cloud import findings, token
 from cloud.catalogue import Catalogue
 from cloud.errors import ReadingError
-from cloud.store import ReadingRow, Transaction, UsageRow
 from openfod.usage.v1 import usage_pb2
 
 MAX_READING_BYTES = 512
 """Longest reading."""
 MAX_COUNT = 2**53
 """Highest cumulative count, ms or times."""
-KEY_BYTES = 32
-"""Length of an Ed25519 public key."""
+UID_BYTES = 16
+"""Length of an ECU's uid."""
 TOLERANCE_MS = 5_000
 """What the ECU may have counted beyond all declared bounds, once and not in each span."""
 CLOCK_PER_MILLE = 1
@@ -37,8 +34,6 @@ BLOCK_MS = 10 * 3_600_000
 """ECU time over which declared gaps are compared with what was metered."""
 METERED_PERCENT = 80
 """Least part of a block that has to be metered, not only declared."""
-SILENT_DAYS = 7
-"""Days of contact without a reading, although a token is in force."""
 
 EXCESS = "reading-excess"
 """The ECU counted more than the vehicle metered and declared: use that was never metered."""
@@ -46,14 +41,7 @@ DECLARED = "reading-declared"
 """The ECU counted what the vehicle declared as a gap instead of metering it."""
 BACK = "reading-back"
 """A reading that was there before, or counts that went back."""
-FOREIGN = "reading-foreign"
-"""A reading that the feature's ECU cannot have signed."""
-NO_KEY = "reading-no-key"
-"""A reading of an ECU without a registered key."""
-SILENT = "reading-silent"
-"""No reading for SILENT_DAYS of contact."""
 
-MS_PER_DAY = 86_400_000
 _UINT, _BYTES = 0, 2
 _ONE_BYTE, _EIGHT_BYTES = 24, 27
 _UINT32_MAX = 0xFFFF_FFFF
@@ -120,6 +108,43 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadingRow:
+    """The latest reading of one feature, and what was metered since.
+
+    Args:
+        ecu_uid, content, stored_ms: of the latest reading; empty and 0 before the first.
+        is_verified: its signature was checked; only then it is compared with the next one.
+        reading, token_counter, on_ms, executions: as it says.
+        excess_ms: what the ECU counted beyond what was metered and declared, at that reading;
+            below 0 by what the window that carried it may hold of later use.
+        value_ms, gap_ms, is_unbounded: sums of the records behind that reading.
+        window_end_ms, window_ms: end of the newest window, and value and gap of its records.
+        block_on_ms, block_value_ms: counted by the ECU and metered in the present block.
+        contact_day, silent_days: newest day of contact since 1970, and days without a reading.
+    """
+
+    feature_id: str
+    ecu_uid: bytes = b""
+    content: bytes = b""
+    stored_ms: int = 0
+    is_verified: bool = False
+    reading: int = 0
+    token_counter: int = 0
+    on_ms: int = 0
+    executions: int = 0
+    excess_ms: int = 0
+    value_ms: int = 0
+    gap_ms: int = 0
+    is_unbounded: bool = False
+    window_end_ms: int = 0
+    window_ms: int = 0
+    block_on_ms: int = 0
+    block_value_ms: int = 0
+    contact_day: int = 0
+    silent_days: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Attested:
     """A feature whose ECU signs what it counts, as the newest release that says so describes it.
 
@@ -167,14 +192,14 @@ def parse(content: bytes) -> Reading:
         raise ReadingError(
             "claims: expected a map of 6 or 7 that begins with version 1 and a uid of 16 bytes"
         )
-    items = _Items(claims, 5 + token.UID_BYTES)
+    items = _Items(claims, 5 + UID_BYTES)
     found: dict[int, int] = {}
     for claim in numbers:
         items.argument(f"key of claim {claim}", _UINT, claim, claim)
         found[claim] = items.argument(f"claim {claim}", _UINT, *_RANGES[claim])
     if items.at != len(claims):
         raise ReadingError(f"{len(claims) - items.at} bytes after the claims")
-    uid = claims[5 : 5 + token.UID_BYTES]
+    uid = claims[5 : 5 + UID_BYTES]
     return Reading(content, uid, found[3], found[4], found[5], found[6], found.get(7))
 
 
@@ -287,103 +312,3 @@ def with_reading(row: ReadingRow, reading: Reading, now_ms: int) -> tuple[Readin
             f" {metered_ms} ms were metered; the rest was declared as gaps"
         ),
     )
-
-
-# --- at work -----------------------------------------------------------------------
-
-
-def follow(
-    tx: Transaction, vin: str, rows: Iterable[UsageRow], features: Mapping[str, Attested], now_ms: int
-) -> None:
-    """Compares readings with records that were just stored, in the order of the journal.
-
-    Args:
-        rows: new records of one journal.
-        features: as `attested` says.
-        now_ms: Unix milliseconds.
-    """
-    if not features:
-        return
-    known = {row.feature_id: row for row in tx.readings(vin)}
-    changed: dict[str, ReadingRow] = {}
-    for usage in rows:
-        record = usage_pb2.UsageRecord.FromString(usage.content)
-        feature = features.get(record.feature_id)
-        if feature is None:
-            continue
-        row = known.get(record.feature_id) or ReadingRow(record.feature_id)
-        if record.meter_id == feature.meter_id and record.unit == usage_pb2.UNIT_MILLISECOND:
-            row = with_record(row, record)
-        if record.ecu_reading:
-            row = _take(tx, vin, row, feature, record.ecu_reading, now_ms)
-        known[record.feature_id] = changed[record.feature_id] = row
-    for row in changed.values():
-        tx.put_reading(vin, row)
-
-
-def note_contact(tx: Transaction, vin: str, features: Mapping[str, Attested], now_ms: int) -> None:
-    """Counts the days on which a vehicle is in contact and gives no reading of a feature in force.
-
-    A reading under an older token than the newest does not count: it may have
-    been kept for the purpose.
-    """
-    day = now_ms // MS_PER_DAY
-    known = {row.feature_id: row for row in tx.readings(vin)} if features else {}
-    for signed in tx.tokens(vin) if features else ():
-        feature = features.get(signed.feature_id)
-        if feature is None or not token.allows(signed.content):
-            continue
-        ecu = next(ecu for ecu in tx.ecus(vin) if ecu.identifier == signed.ecu_identifier)
-        row = known.get(signed.feature_id) or ReadingRow(signed.feature_id)
-        if not ecu.reading_key or row.contact_day == day:
-            continue
-        row = replace(row, contact_day=day, silent_days=row.silent_days + 1)
-        tx.put_reading(vin, row)
-        if row.silent_days == SILENT_DAYS + 1:  # told once in each silence
-            text = f"{signed.feature_id}: no reading under token {signed.counter} since reading {row.reading}"
-            findings.add(tx, vin, SILENT, f"{text}, for {SILENT_DAYS} days of contact", now_ms)
-
-
-def _take(
-    tx: Transaction, vin: str, row: ReadingRow, feature: Attested, content: bytes, now_ms: int
-) -> ReadingRow:
-    """Judges one reading as it came; returns the row to keep."""
-    try:
-        reading = parse(content)
-        _check_origin(tx, vin, row, feature, reading)
-        key = tx.reading_key(reading.uid)
-        if key is not None:
-            reading.check_signature(key)
-    except ReadingError as error:
-        findings.add(
-            tx, vin, FOREIGN, f"{row.feature_id}: {error}", now_ms, reading=content[:MAX_READING_BYTES].hex()
-        )
-        return row
-    if key is None:
-        text = f"{row.feature_id}: ECU {reading.uid.hex()} has no key here: its readings prove nothing"
-        findings.add(tx, vin, NO_KEY, text, now_ms)
-        return replace(row, ecu_uid=reading.uid, content=content, stored_ms=now_ms, is_verified=False)
-    after, finding = with_reading(row, reading, now_ms)
-    if finding is not None:
-        kind, text = finding
-        findings.add(tx, vin, kind, f"{row.feature_id}: {text}", now_ms, reading=content.hex())
-    newest = next((t.counter for t in tx.tokens(vin) if t.feature_id == row.feature_id), 0)
-    if after is not row and reading.token_counter >= newest:
-        after = replace(after, silent_days=0)
-    return after
-
-
-def _check_origin(tx: Transaction, vin: str, row: ReadingRow, feature: Attested, reading: Reading) -> None:
-    """The ECU must be the one of the feature, or the one before it, while its last readings come."""
-    uids = {ecu.identifier: ecu.uid for ecu in tx.ecus(vin)}
-    present = uids.get(feature.ecu_identifier, b"")
-    came_late = reading.uid in tx.former_ecus(vin, feature.ecu_identifier) and row.ecu_uid in {
-        b"",
-        reading.uid,
-    }
-    if reading.uid != present and not came_late:
-        raise ReadingError(
-            f"of ECU {reading.uid.hex()}; {feature.ecu_identifier} of this vehicle is {present.hex()}"
-        )
-    if reading.feature != feature.feature_number:
-        raise ReadingError(f"of feature {reading.feature} in the ECU, expected {feature.feature_number}")

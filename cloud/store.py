@@ -30,6 +30,7 @@ from cloud import schema
 from cloud.catalogue import Fresh
 from cloud.errors import StartError
 from cloud.model import Ecu
+from cloud.readings import ReadingRow
 from common import log
 
 T = TypeVar("T")
@@ -156,43 +157,6 @@ class ReceiptRow:
     through_seq: int
     head_hash: bytes
     content: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class ReadingRow:
-    """The latest reading of one feature, and what was metered since.
-
-    Args:
-        ecu_uid, content, stored_ms: of the latest reading; empty and 0 before the first.
-        is_verified: its signature was checked; only then it is compared with the next one.
-        reading, token_counter, on_ms, executions: as it says.
-        excess_ms: what the ECU counted beyond what was metered and declared, at that reading;
-            below 0 by what the window that carried it may hold of later use.
-        value_ms, gap_ms, is_unbounded: sums of the records behind that reading.
-        window_end_ms, window_ms: end of the newest window, and value and gap of its records.
-        block_on_ms, block_value_ms: counted by the ECU and metered in the present block.
-        contact_day, silent_days: newest day of contact since 1970, and days without a reading.
-    """
-
-    feature_id: str
-    ecu_uid: bytes = b""
-    content: bytes = b""
-    stored_ms: int = 0
-    is_verified: bool = False
-    reading: int = 0
-    token_counter: int = 0
-    on_ms: int = 0
-    executions: int = 0
-    excess_ms: int = 0
-    value_ms: int = 0
-    gap_ms: int = 0
-    is_unbounded: bool = False
-    window_end_ms: int = 0
-    window_ms: int = 0
-    block_on_ms: int = 0
-    block_value_ms: int = 0
-    contact_day: int = 0
-    silent_days: int = 0
 
 
 @dataclass(frozen=True, slots=True)

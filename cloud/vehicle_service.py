@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import grpc
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from cloud import enrolment, findings, identity, ingest, readings, rights
+from cloud import attestation, enrolment, findings, identity, ingest, rights
 from cloud.changes import Changes, Topic
 from cloud.director import NONCE_BYTES
 from cloud.errors import (
@@ -28,6 +28,7 @@ from cloud.errors import (
 )
 from cloud.keyring import Keyring
 from cloud.model import IDENTIFIER_PATTERN, Counter, Reported, Versions
+from cloud.readings import Attested
 from cloud.rights import Rights
 from cloud.store import Store, Transaction
 from common import log
@@ -141,7 +142,7 @@ class VehicleService(vehicle_service_pb2_grpc.VehicleServiceServicer):
         changes: Changes,
         receipt_keys: Sequence[Ed25519PrivateKey],
         units: ingest.Units,
-        attested: Mapping[str, readings.Attested],
+        attested: Mapping[str, Attested],
         now_ms: Callable[[], int],
     ) -> None:
         self._store, self._rights, self._changes = store, rights, changes
@@ -352,7 +353,7 @@ class VehicleService(vehicle_service_pb2_grpc.VehicleServiceServicer):
         def take(tx: Transaction) -> ingest.Taken:
             taken = ingest.take(tx, stream.vin, stream.source, batch, self._receipt_key, now_ms)
             fresh = batch.rows[len(batch.rows) - taken.new_records :]
-            readings.follow(tx, stream.vin, fresh, self._attested, now_ms)
+            attestation.follow(tx, stream.vin, fresh, self._attested, now_ms)
             self._note_contact(tx, stream, now_ms)
             return taken
 
@@ -372,10 +373,10 @@ class VehicleService(vehicle_service_pb2_grpc.VehicleServiceServicer):
 
     def _note_contact(self, tx: Transaction, stream: _Stream, now_ms: int) -> None:
         """Counts a day of contact, once a day on each stream."""
-        day = now_ms // readings.MS_PER_DAY
+        day = now_ms // attestation.MS_PER_DAY
         if day != stream.contact_day:
             stream.contact_day = day
-            readings.note_contact(tx, stream.vin, self._attested, now_ms)
+            attestation.note_contact(tx, stream.vin, self._attested, now_ms)
 
     async def _refuse(
         self, stream: _Stream, signed: usage_pb2.SignedUsageBatch, error: UsageError

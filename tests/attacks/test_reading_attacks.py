@@ -31,9 +31,10 @@ from support.cloud_world import (
 from vectors.make_reading_vectors import ECU_KEY, claims, sign
 from vectors.make_token_vectors import FOREIGN
 
-from cloud.readings import BACK, EXCESS, NO_KEY, SILENT, SILENT_DAYS
-from cloud.readings import FOREIGN as FOREIGN_READING
-from cloud.store import FindingRow, ReadingRow, Store
+from cloud.attestation import FOREIGN as FOREIGN_READING
+from cloud.attestation import NO_KEY, SILENT, SILENT_DAYS
+from cloud.readings import BACK, EXCESS, ReadingRow
+from cloud.store import FindingRow, Store
 from openfod.operator.v1 import operator_service_pb2 as operator_pb2
 
 WINDOW_MS = 60_000

@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 from support import engine_world
-from support.engine_world import HEAT, SPEED, World, entitlement
+from support.engine_world import HEAT, IGNITION, ODO, SPEED, World, entitlement
 from support.readings import METER, judge
 
 from agent.trust.catalogue import parse_feature
@@ -171,6 +171,19 @@ def test_an_answer_of_no_or_too_many_bytes_is_not_carried(
     world.run_ms(60_000)
     assert judge(contents(world))[0] == []
     assert any("gave no reading" in message for _, _, message, _ in world.log)
+
+
+@pytest.mark.parametrize("lost", [{HEAT}, {SPEED}, {HEAT, SPEED}, {HEAT, SPEED, ODO, IGNITION}])
+def test_frames_that_are_missing_for_long_are_declared_before_the_ecu_speaks(lost: set[str]) -> None:
+    world = use(World())
+    world.lost_frames = lost
+    world.run_ms(120_000)
+    assert judge(contents(world))[1] == []
+    world.lost_frames = set()
+    world.run_ms(60_000)
+    readings, found = judge(contents(world))
+    assert found == []
+    assert len(readings) >= 4  # none while nothing tells of the ignition
 
 
 @pytest.mark.parametrize("kept_back", ["every record of the meter", "half of each value"])

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 
-from cloud.readings import Reading, with_reading, with_record
-from cloud.store import ReadingRow
+from cloud.readings import Reading, ReadingRow, with_reading, with_record
 from openfod.usage.v1 import usage_pb2
 
 FEATURE, METER = "seat-heating", "active-time"
