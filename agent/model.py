@@ -143,7 +143,6 @@ class MeterSpec:
         condition: when it counts, besides the feature being active; None: always.
         odometer: VSS name of the odometer in km (distance only).
         speed: VSS name of the speed in km/h for the cross-check (distance only).
-        ecu_reading: the ECU signs its own cumulative count of it.
     """
 
     meter_id: str
@@ -152,7 +151,6 @@ class MeterSpec:
     dimensions: tuple[DimensionSpec, ...] = ()
     odometer: str | None = None
     speed: str | None = None
-    ecu_reading: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +186,20 @@ class ReadBackSpec(NamedTuple):
     counter_offset: int | None
 
 
+class ReadingSpec(NamedTuple):
+    """Where the ECU says, under its own signature, what it counted (docs/reading.md).
+
+    Args:
+        did: data identifier, ISO 14229-1 service 0x22.
+        interval_s: period of the reading while the feature is on, seconds.
+        meter_id: duration meter that measures the same, whose records carry it.
+    """
+
+    did: int
+    interval_s: int
+    meter_id: str
+
+
 @dataclass(frozen=True, slots=True)
 class FeatureSpec:
     """One release of one feature, as the signed catalogue describes it.
@@ -204,6 +216,7 @@ class FeatureSpec:
         hold_max_s: longest time in HELD, seconds.
         read_back_interval_s: period of the read-back while active, seconds.
         by_use: it may be sold by use: its ECU signs its count, or the file admits that nobody counts.
+        reading: the ECU's own signed count; None if it signs none.
     """
 
     feature_id: str
@@ -225,6 +238,7 @@ class FeatureSpec:
     meters: tuple[MeterSpec, ...]
     sha256: str = ""
     by_use: bool = False
+    reading: ReadingSpec | None = None
 
     @property
     def inputs(self) -> frozenset[str]:

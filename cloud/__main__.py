@@ -139,8 +139,9 @@ def _add_vehicle_commands(commands: argparse._SubParsersAction[argparse.Argument
         type=_ecu,
         action="append",
         default=[],
-        metavar="IDENT:HWID:UIDHEX",
-        help="ECU as built in; may be given several times",
+        metavar="IDENT:HWID:UIDHEX[:KEYHEX]",
+        help="ECU as built in, and the public key with which it signs what it counts, if it has one;"
+        " may be given several times",
     )
     _command(vehicle_commands, "list", "list the vehicles", client.list_vehicles)
 
@@ -157,6 +158,13 @@ def _add_vehicle_commands(commands: argparse._SubParsersAction[argparse.Argument
     rebind.add_argument("ecu", metavar="ECU", help="identifier, such as seat-module")
     rebind.add_argument("old_uid", type=_uid, metavar="OLD_UID", help="of the ECU that was taken out, hex")
     rebind.add_argument("new_uid", type=_uid, metavar="NEW_UID", help="of the ECU that was put in, hex")
+    rebind.add_argument(
+        "--reading-key",
+        type=_key,
+        default=b"",
+        metavar="KEYHEX",
+        help="with which the new ECU signs what it counts",
+    )
     rebind.add_argument("--reason", required=True, help="why, for the audit log")
 
     transfer = vehicle_commands.add_parser("transfer", help="sell a vehicle")
@@ -185,13 +193,17 @@ def _command(
 
 
 def _ecu(text: str) -> operator_service_pb2.Ecu:
-    match = re.fullmatch(r"([^:]+):([^:]+):([0-9a-fA-F]{32})", text)
+    match = re.fullmatch(r"([^:]+):([^:]+):([0-9a-fA-F]{32})(?::([0-9a-fA-F]{64}))?", text)
     if match is None:
         raise argparse.ArgumentTypeError(
-            f"expected IDENT:HWID:UIDHEX, the uid in 32 hex digits; found {text!r}"
+            "expected IDENT:HWID:UIDHEX, the uid in 32 hex digits, and perhaps :KEYHEX, the key in 64;"
+            f" found {text!r}"
         )
     return operator_service_pb2.Ecu(
-        ecu_identifier=match[1], hardware_id=match[2], ecu_uid=bytes.fromhex(match[3])
+        ecu_identifier=match[1],
+        hardware_id=match[2],
+        ecu_uid=bytes.fromhex(match[3]),
+        reading_key=bytes.fromhex(match[4] or ""),
     )
 
 
@@ -221,6 +233,12 @@ def _period(text: str) -> tuple[int, int]:
 def _uid(text: str) -> bytes:
     if not re.fullmatch(r"[0-9a-fA-F]{32}", text):
         raise argparse.ArgumentTypeError(f"expected a uid in 32 hex digits; found {text!r}")
+    return bytes.fromhex(text)
+
+
+def _key(text: str) -> bytes:
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", text):
+        raise argparse.ArgumentTypeError(f"expected an Ed25519 public key in 64 hex digits; found {text!r}")
     return bytes.fromhex(text)
 
 

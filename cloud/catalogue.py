@@ -165,7 +165,7 @@ def _release(path: str, content: bytes) -> Release:
             meters={str(m["id"]): str(m["kind"]) for m in meters},
             detect_only=detect_only,
             by_use=detect_only or feature.get("by_use") is True,
-            attested=frozenset(str(m["id"]) for m in meters if m.get("ecu_reading") is True),
+            reading_meter=str(document.get("reading", {}).get("meter", "")),
             dimensions={
                 str(m["id"]): {
                     str(d["name"]): tuple(str(v["value"]) for v in d["values"])
@@ -182,12 +182,9 @@ def _release(path: str, content: bytes) -> Release:
         raise StartError(
             f"{path}: has no token, so its ECU must be {HEAD_UNIT}, not {release.ecu_identifier}"
         )
-    if release.attested and not release.feature_number:
-        raise StartError(f"{path}: ecu_reading: has no token, so there is no ECU that could sign a count")
-    if release.by_use and not (release.detect_only or release.attested):
+    if release.by_use and not (release.detect_only or release.reading_meter):
         raise StartError(
-            f"{path}: by_use: the ECU signs no count of any meter (ecu_reading); "
-            'say enforcement "detect-only"'
+            f'{path}: by_use: the ECU signs no count of any meter ([reading]); say enforcement "detect-only"'
         )
     return release
 

@@ -156,6 +156,7 @@ def rebind(stub: Stub, arguments: argparse.Namespace) -> int:
         ecu_identifier=arguments.ecu,
         old_uid=arguments.old_uid,
         new_uid=arguments.new_uid,
+        new_reading_key=arguments.reading_key,
         reason=arguments.reason,
         request_id=str(uuid.uuid4()),
     )

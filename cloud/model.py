@@ -22,11 +22,14 @@ class Ecu:
 
     Args:
         uid: 16 bytes, to which its tokens are bound.
+        reading_key: Ed25519 public key with which it signs what it counts, 32 bytes; empty if it
+            signs nothing.
     """
 
     identifier: str
     hardware_id: str
     uid: bytes
+    reading_key: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +44,8 @@ class Release:
         withdrawn: no new grants; existing rights go on.
         detect_only: no ECU enforces it, which its signed file admits.
         by_use: it may be sold by use, pay-per-use or prepaid.
-        attested: meters whose count its ECU signs.
         dimensions: meter id -> name -> values.
+        reading_meter: the meter that the ECU's own counter is compared with; empty if it signs none.
     """
 
     path: str
@@ -57,8 +60,8 @@ class Release:
     meters: dict[str, str]
     detect_only: bool = False
     by_use: bool = False
-    attested: frozenset[str] = frozenset()
     dimensions: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+    reading_meter: str = ""
 
 
 @dataclass(frozen=True, slots=True)

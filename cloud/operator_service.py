@@ -58,6 +58,8 @@ MAX_ECUS = 64
 """Most ECUs of one vehicle."""
 UID_BYTES = 16
 """Length of an ECU's unique identifier."""
+READING_KEY_BYTES = 32
+"""Length of the Ed25519 public key with which an ECU signs what it counts."""
 MAX_REASON = 256
 """Longest reason, characters."""
 MAX_PAGE = 1_000
@@ -378,6 +380,7 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
         vin = _vin(request.vin)
         _match("ecu_identifier", request.ecu_identifier, IDENTIFIER_PATTERN)
         old_uid, new_uid = _uid("old_uid", request.old_uid), _uid("new_uid", request.new_uid)
+        reading_key = _reading_key("new_reading_key", request.new_reading_key)
         if old_uid == new_uid:
             raise InvalidRequestError("new_uid", expected="another uid than old_uid", found=new_uid.hex())
         _reason(request.reason)
@@ -392,6 +395,7 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
                 new_uid,
                 per_year=self._ownership.rebinds_per_year,
                 now_ms=now_ms,
+                reading_key=reading_key,
             )
             tx.audit(
                 operator.actor,
@@ -902,7 +906,12 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
             vin=row.vin,
             source=row.source,
             ecus=[
-                pb.Ecu(ecu_identifier=e.identifier, hardware_id=e.hardware_id, ecu_uid=e.uid)
+                pb.Ecu(
+                    ecu_identifier=e.identifier,
+                    hardware_id=e.hardware_id,
+                    ecu_uid=e.uid,
+                    reading_key=e.reading_key,
+                )
                 for e in tx.ecus(row.vin)
             ],
             enrolled_ms=row.enrolled_ms,
@@ -1067,6 +1076,12 @@ def _uid(field: str, uid: bytes) -> bytes:
     return uid
 
 
+def _reading_key(field: str, key: bytes) -> bytes:
+    if len(key) not in {0, READING_KEY_BYTES}:
+        raise InvalidRequestError(field, expected=f"{READING_KEY_BYTES} bytes or none", found=len(key))
+    return key
+
+
 def _page_size(found: int) -> int:
     if not 0 <= found <= MAX_PAGE:
         raise InvalidRequestError("page_size", expected=f"0 to {MAX_PAGE}", found=found)
@@ -1090,7 +1105,8 @@ def _ecus(found: Sequence[pb.Ecu]) -> list[Ecu]:
                 f"{where}.ecu_identifier", expected="an ECU; every vehicle has a head unit", found=HEAD_UNIT
             )
         _uid(f"{where}.ecu_uid", ecu.ecu_uid)
-        ecus.append(Ecu(ecu.ecu_identifier, ecu.hardware_id, ecu.ecu_uid))
+        _reading_key(f"{where}.reading_key", ecu.reading_key)
+        ecus.append(Ecu(ecu.ecu_identifier, ecu.hardware_id, ecu.ecu_uid, ecu.reading_key))
     for name in ("identifier", "uid"):
         if len({getattr(ecu, name) for ecu in ecus}) < len(ecus):
             raise InvalidRequestError(

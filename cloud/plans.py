@@ -336,5 +336,5 @@ def _misfits(plan: Plan, release: Release) -> Iterator[str]:
         )
     elif plan.kind in BY_USE and not release.detect_only:
         for meter in sorted({p.meter for p in plan.use_prices} | {q.meter for q in plan.quotas}):
-            if meter in release.meters and meter not in release.attested:
-                yield f"kind: {plan.kind.value}: the ECU of {name} signs no count of {meter} (ecu_reading)"
+            if meter in release.meters and meter != release.reading_meter:
+                yield f"kind: {plan.kind.value}: the ECU of {name} signs no count of {meter} ([reading])"

@@ -148,6 +148,7 @@ class Rights:
             owner = tx.ecu_owner(ecu.uid)
             if owner is not None:
                 raise ExistsError(f"ECU uid {ecu.uid.hex()} ({ecu.identifier}) is built into vehicle {owner}")
+            _check_reading_key(tx, ecu.uid, ecu.reading_key)
         source = f"veh-{self._random(8).hex()}"
         tx.add_vehicle(vin, source, ecus, now_ms)
         self._publish(tx, vin, now_ms)
@@ -163,6 +164,7 @@ class Rights:
         *,
         per_year: int,
         now_ms: int,
+        reading_key: bytes = b"",
     ) -> Rebound:
         """Binds a vehicle's rights to the ECU that was put in the place of another.
 
@@ -174,11 +176,13 @@ class Rights:
 
         Args:
             per_year: swaps that one vehicle may have within YEAR_MS.
+            reading_key: with which the new ECU signs what it counts, 32 bytes; empty if it signs
+                nothing or its key is registered already.
 
         Raises:
             NotFoundError: no such vehicle, or it has no such ECU.
             NotPossibleError: another ECU is on record, or the quota is used up.
-            ExistsError: the new ECU is built into a vehicle already.
+            ExistsError: the new ECU is built into a vehicle already, or has another reading key.
         """
         known_vehicle(tx, vin)
         old = next((ecu for ecu in tx.ecus(vin) if ecu.identifier == ecu_identifier), None)
@@ -193,13 +197,16 @@ class Rights:
         if owner is not None:
             raise ExistsError(f"ECU uid {new_uid.hex()} is built into vehicle {owner}")
         _check_quota(vin, tx.ecu_swaps(vin, now_ms - YEAR_MS), per_year)
+        _check_reading_key(tx, new_uid, reading_key)
+        if reading_key:
+            tx.put_reading_key(new_uid, reading_key)
         self.refresh(tx, vin, now_ms)  # a right that has run out gets no new token
         signed = [row for row in tx.tokens(vin) if row.ecu_identifier == ecu_identifier]
         burning = [self._burn(tx, vin, old, row) for row in signed]
         # All of them, also of features without a token now: the vehicle remembers them by the ECU's place.
         tx.copy_token_counters(old_uid, new_uid)
         tx.replace_ecu(vin, ecu_identifier, new_uid, now_ms)
-        new = replace(old, uid=new_uid)
+        new = replace(old, uid=new_uid, reading_key=reading_key)
         live = {
             row.feature_id: entitlement_pb2.Entitlement.FromString(row.content)
             for row in tx.entitlements(vin)
@@ -925,12 +932,15 @@ class Rights:
     def _renew_tokens(self, tx: Transaction, vin: str, ecus: Sequence[Ecu]) -> None:
         """Starts the ECU's own limits of live rights anew.
 
-        Not of what is sold by use: what the ECU counts is all that holds an
-        owner who has root, so only its own signed count may start it anew.
+        Of what is sold by use only if the ECU has signed what it counted under
+        the present token: nothing else holds an owner who has root.
         """
+        read = {row.feature_id: row.token_counter for row in tx.readings(vin) if row.is_verified}
+        signed = {row.feature_id: row.counter for row in tx.tokens(vin)}
         for row in tx.entitlements(vin):
             right = entitlement_pb2.Entitlement.FromString(row.content)
-            if right.plan_kind in _SOLD_BY_USE:
+            is_read = read.get(row.feature_id, 0) >= signed.get(row.feature_id, 0)
+            if right.plan_kind in _SOLD_BY_USE and not is_read:
                 continue
             if not row.revoked_ms and (right.validity.ignition_cycles or right.validity.operating_s):
                 self._sign_token(tx, vin, ecus, self._chosen(row, ecus), right)
@@ -1040,6 +1050,13 @@ def _fits(release: Release, ecus: Sequence[Ecu]) -> bool:
     if release.ecu_identifier == HEAD_UNIT:
         return True
     return any(e.identifier == release.ecu_identifier and e.hardware_id == release.hardware_id for e in ecus)
+
+
+def _check_reading_key(tx: Transaction, uid: bytes, key: bytes) -> None:
+    """An ECU has one key for its life: another one would let somebody else speak for it."""
+    known = tx.reading_key(uid)
+    if key and known is not None and known != key:
+        raise ExistsError(f"ECU uid {uid.hex()} is registered with another reading key; it was not changed")
 
 
 def _check_quota(vin: str, swaps: Sequence[int], per_year: int) -> None:

@@ -157,6 +157,40 @@ receipts = sa.Table(
     sa.Column("content", sa.LargeBinary, nullable=False),
 )
 
+# Belongs to the physical ECU, as its token counters do; an ECU has one key for its life.
+reading_keys = sa.Table(
+    "reading_keys",
+    metadata,
+    sa.Column("ecu_uid", sa.LargeBinary(16), primary_key=True),
+    sa.Column("public_key", sa.LargeBinary(32), nullable=False),
+)
+
+# The latest reading of each feature, and what was metered since.
+readings = sa.Table(
+    "readings",
+    metadata,
+    _vin(primary_key=True),
+    sa.Column("feature_id", sa.String(48), primary_key=True),
+    sa.Column("ecu_uid", sa.LargeBinary(16), nullable=False),
+    sa.Column("content", sa.LargeBinary, nullable=False),
+    sa.Column("stored_ms", sa.BigInteger, nullable=False),
+    sa.Column("is_verified", sa.Boolean, nullable=False),
+    sa.Column("reading", sa.BigInteger, nullable=False),
+    sa.Column("token_counter", sa.BigInteger, nullable=False),
+    sa.Column("on_ms", sa.BigInteger, nullable=False),
+    sa.Column("executions", sa.BigInteger, nullable=False),
+    sa.Column("excess_ms", sa.BigInteger, nullable=False),
+    sa.Column("value_ms", sa.BigInteger, nullable=False),
+    sa.Column("gap_ms", sa.BigInteger, nullable=False),
+    sa.Column("is_unbounded", sa.Boolean, nullable=False),
+    sa.Column("window_end_ms", sa.BigInteger, nullable=False),
+    sa.Column("window_ms", sa.BigInteger, nullable=False),
+    sa.Column("block_on_ms", sa.BigInteger, nullable=False),
+    sa.Column("block_value_ms", sa.BigInteger, nullable=False),
+    sa.Column("contact_day", sa.BigInteger, nullable=False),
+    sa.Column("silent_days", sa.Integer, nullable=False),
+)
+
 feature_status = sa.Table(
     "feature_status",
     metadata,

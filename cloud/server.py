@@ -18,7 +18,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 
-from cloud import catalogue, config, ingest, keyring, plans
+from cloud import catalogue, config, ingest, keyring, plans, readings
 from cloud.changes import Changes
 from cloud.config import CloudConfig
 from cloud.errors import StartError
@@ -122,7 +122,9 @@ async def start(
         await asyncio.to_thread(store.close)
         raise
     changes = Changes()
-    vehicles = VehicleService(store, rights, changes, keys.receipt_keys, ingest.units(signed), now_ms)
+    vehicles = VehicleService(
+        store, rights, changes, keys.receipt_keys, ingest.units(signed), readings.attested(signed), now_ms
+    )
     renewals = Renewals(store, rights, changes, now_ms)
     operators = OperatorService(
         store,

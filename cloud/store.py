@@ -30,6 +30,7 @@ from cloud import schema
 from cloud.catalogue import Fresh
 from cloud.errors import StartError
 from cloud.model import Ecu
+from cloud.readings import ReadingRow
 from common import log
 
 T = TypeVar("T")
@@ -289,11 +290,15 @@ class Transaction:
                     "uid": ecu.uid,
                 },
             )
+            if ecu.reading_key:
+                self.put_reading_key(ecu.uid, ecu.reading_key)
 
     def ecus(self, vin: str) -> list[Ecu]:
         """A vehicle's ECUs, by identifier."""
-        table = schema.ecus
-        query = sa.select(table.c.ecu_identifier, table.c.hardware_id, table.c.uid)
+        table, keys = schema.ecus, schema.reading_keys
+        query = sa.select(
+            table.c.ecu_identifier, table.c.hardware_id, table.c.uid, sa.func.coalesce(keys.c.public_key, b"")
+        ).join_from(table, keys, keys.c.ecu_uid == table.c.uid, isouter=True)
         rows = self._connection.execute(query.where(table.c.vin == vin).order_by(table.c.ecu_identifier))
         return [Ecu(*row) for row in rows]
 
@@ -318,6 +323,12 @@ class Transaction:
                 "new_uid": new_uid,
             },
         )
+
+    def former_ecus(self, vin: str, ecu_identifier: str) -> frozenset[bytes]:
+        """Uids of the ECUs that were taken out of one place of a vehicle."""
+        table = schema.ecu_swaps
+        mine = (table.c.vin == vin) & (table.c.ecu_identifier == ecu_identifier)
+        return frozenset(self._connection.scalars(sa.select(table.c.old_uid).where(mine)))
 
     def ecu_swaps(self, vin: str, since_ms: int) -> list[int]:
         """When ECUs of a vehicle were swapped after `since_ms`, oldest first."""
@@ -774,6 +785,29 @@ class Transaction:
         return [
             CorrectionRow(*row) for row in self._connection.execute(query.where(mine).order_by(table.c.id))
         ]
+
+    # --- readings ---------------------------------------------------------
+
+    def put_reading_key(self, ecu_uid: bytes, public_key: bytes) -> None:
+        """Registers the key with which an ECU signs what it counts."""
+        self._put(schema.reading_keys, {"ecu_uid": ecu_uid}, {"public_key": public_key})
+
+    def reading_key(self, ecu_uid: bytes) -> bytes | None:
+        """The key with which an ECU signs what it counts."""
+        table = schema.reading_keys
+        return self._connection.scalar(sa.select(table.c.public_key).where(table.c.ecu_uid == ecu_uid))
+
+    def readings(self, vin: str) -> list[ReadingRow]:
+        """The latest readings of a vehicle's ECUs, by feature."""
+        table = schema.readings
+        columns = [table.c[name] for name in ReadingRow.__slots__]
+        query = sa.select(*columns).where(table.c.vin == vin).order_by(table.c.feature_id)
+        return [ReadingRow(*row) for row in self._connection.execute(query)]
+
+    def put_reading(self, vin: str, row: ReadingRow) -> None:
+        """Stores the latest reading of a feature, and what was metered since."""
+        values = {name: getattr(row, name) for name in row.__slots__ if name != "feature_id"}
+        self._put(schema.readings, {"vin": vin, "feature_id": row.feature_id}, values)
 
     # --- requests, audit, catalogue ----------------------------------------
 

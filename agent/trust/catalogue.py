@@ -24,6 +24,7 @@ from agent.model import (
     MeterKind,
     MeterSpec,
     ReadBackSpec,
+    ReadingSpec,
 )
 from agent.wire import FEATURE_ID, bounded, shown
 
@@ -40,6 +41,7 @@ MAX_REQUEST_BYTES = 64
 MAX_READ_BACK_BYTES = 64
 MAX_HOLD_S = 604_800  # a week
 MAX_READ_BACK_INTERVAL_S = 3_600
+MAX_READING_INTERVAL_S = 86_400
 MAX_RELEASE = 2**32 - 1
 MAX_FEATURE_NUMBER = 2**16 - 1
 MAX_STANDARD_ID = 0x7FF
@@ -195,18 +197,16 @@ def _feature(document: _Table, sha256: str) -> FeatureSpec:
     if enforcement == "ecu-token" and not is_token:
         feature.note("enforcement", f"detect-only with actuator kind {kind.value}", enforcement)
 
-    meters = _meters(document)
-    attested = any(meter.ecu_reading for meter in meters)
-    if attested and not is_token:
-        actuator.note("kind", "token, because a meter has ecu_reading", kind.value)
-    if by_use and enforcement == "ecu-token" and not attested:
-        feature.note("enforcement", "detect-only with by_use and no meter with ecu_reading", enforcement)
+    if by_use and enforcement == "ecu-token" and not document.has("reading"):
+        feature.note("enforcement", "detect-only with by_use and no [reading]", enforcement)
 
     conditions = document.table("conditions")
     activate, release_when = conditions.table("activate"), conditions.table("release")
     hold = document.table("hold")
     ecu = document.table("ecu")
     read_back = document.table("read_back") if is_token else None
+    reading = document.table("reading") if is_token and document.has("reading") else None
+    meters = _meters(document)
     spec = FeatureSpec(
         feature_id=feature_id,
         release=release,
@@ -227,8 +227,9 @@ def _feature(document: _Table, sha256: str) -> FeatureSpec:
         meters=meters,
         sha256=sha256,
         by_use=by_use or enforcement == "detect-only",
+        reading=_reading(reading, meters) if reading else None,
     )
-    tables = (feature, actuator, activate, release_when, conditions, hold, ecu, read_back, document)
+    tables = (feature, actuator, activate, release_when, conditions, hold, ecu, read_back, reading, document)
     for table in tables:
         if table:
             table.close()
@@ -269,6 +270,17 @@ def _read_back(table: _Table) -> ReadBackSpec:
     return ReadBackSpec(table.number("did", 0, MAX_DID), mask, active, offset)
 
 
+def _reading(table: _Table, meters: tuple[MeterSpec, ...]) -> ReadingSpec:
+    reading = ReadingSpec(
+        table.number("did", 0, MAX_DID),
+        table.number("interval_s", 1, MAX_READING_INTERVAL_S),
+        table.text("meter", _NAME),
+    )
+    if (reading.meter_id, MeterKind.DURATION) not in {(meter.meter_id, meter.kind) for meter in meters}:
+        table.note("meter", "a duration meter of this feature", reading.meter_id)
+    return reading
+
+
 def _meters(document: _Table) -> tuple[MeterSpec, ...]:
     meters: list[MeterSpec] = []
     for table in document.tables("meters", MAX_METERS):
@@ -285,7 +297,6 @@ def _meters(document: _Table) -> tuple[MeterSpec, ...]:
                 dimensions=_dimensions(table),
                 odometer=table.text("odometer", _SIGNAL) if is_distance else None,
                 speed=table.text("speed", _SIGNAL) if is_distance and table.has("speed") else None,
-                ecu_reading=table.flag("ecu_reading") if table.has("ecu_reading") else False,
             )
         )
         table.close()

@@ -22,7 +22,7 @@ from typing import Any
 from common.cli import EXIT_DONE, EXIT_FAILED, fail
 from deploy.demo import rogue
 from deploy.demo.page import Page, StepFailedError
-from deploy.demo.stage import DEMO, REPOSITORY, SEAT_ECU, SEAT_HARDWARE, SEAT_UID, VIN, Stage, StageError
+from deploy.demo.stage import DEMO, REPOSITORY, SEAT_ECU, SEAT_HARDWARE, VIN, Stage, StageError
 from openfod.vehicle.v1.vehicle_service_pb2 import TrustUpdate
 
 FOLDER = REPOSITORY / "run" / "demo"
@@ -107,7 +107,7 @@ class Story:
         page.command(f"{line} &", json.dumps(stage.bus))
         page.say(self._bus_in_words())
         stage.write_agent_config()
-        ecu = f"{SEAT_ECU}:{SEAT_HARDWARE}:{SEAT_UID}"
+        ecu = stage.seat_ecu
         added = self._show("fod-cloud", "vehicle", "add", VIN, "--ecu", ecu, "--config", stage.cloud_config)
         claim = added.split()[-1]
         self._show("fod-agent", "enroll", "--config", stage.agent_config(), "--claim", claim)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import threading
 from collections.abc import Iterator
@@ -347,9 +348,23 @@ def test_a_missing_operator_key_is_wrong_use(tmp_path: Path, capsys: pytest.Capt
     assert "operator.key: " in capsys.readouterr().err
 
 
-def test_a_malformed_ecu_is_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_key_of_an_ecu_is_registered_with_it_and_asking_again_needs_the_same(
+    running: Running, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ecu = f"{ECU}:{HARDWARE}:{uid(VIN).hex()}"
+    for _ in range(2):
+        assert _run(running, "vehicle", "add", VIN, "--ecu", f"{ecu}:{'ab' * 32}") == 0
+    assert _run(running, "vehicle", "add", VIN, "--ecu", f"{ecu}:{'cd' * 32}") == 1
+    assert "is registered already; it was not changed" in capsys.readouterr().err
+    assert _run(running, "vehicle", "list", "--json") == 0
+    (vehicle,) = json.loads(capsys.readouterr().out)["vehicles"]
+    assert base64.b64decode(vehicle["ecus"][0]["reading_key"]) == b"\xab" * 32
+
+
+@pytest.mark.parametrize("ecu", ["seat", "a:b:00", f"a:b:{'0' * 32}:00", f"a:b:{'0' * 32}:{'0' * 64}:"])
+def test_a_malformed_ecu_is_wrong_use(ecu: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        main(["vehicle", "add", VIN, "--ecu", "seat", "--config", "x"])
+        main(["vehicle", "add", VIN, "--ecu", ecu, "--config", "x"])
     assert caught.value.code == 2
     assert "expected IDENT:HWID:UIDHEX" in capsys.readouterr().err
 

@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from support.cloud_world import DEMO, demo_keys, open_world, write_config
 
 from cloud import config, keyring, schema, server
@@ -173,24 +176,22 @@ def test_migrations_make_the_tables_that_the_code_uses(tmp_path: Path) -> None:
 
 def test_rights_of_before_are_due_and_their_trials_stay_had(tmp_path: Path) -> None:
     url = sa.make_url(f"sqlite:///{tmp_path}/cloud.db")
-    Store(url).close()
-    with sqlite3.connect(tmp_path / "cloud.db") as connection:
-        for table in ("trials", "right_terms", "purchases", "invoices", "billed_records", "billed_fees"):
-            connection.execute(f"DROP TABLE {table}")
-        connection.execute("DROP TABLE corrections")
-        connection.execute("DROP INDEX ix_entitlements_account")
-        connection.execute("DROP INDEX ix_entitlements_due_ms")
-        for column in ("due_ms", "payment_failed_ms"):
-            connection.execute(f"ALTER TABLE entitlements DROP COLUMN {column}")
-        connection.execute("ALTER TABLE plan_versions DROP COLUMN payment_grace_s")
-        connection.execute("UPDATE alembic_version SET version_num = '0004'")
-        connection.execute("INSERT INTO vehicles VALUES ('V', 'veh-0', 0, 0, x'', 0, 1, 0)")
+    settings = Config()
+    settings.set_main_option("script_location", "cloud:migrations")
+    scripts = ScriptDirectory.from_config(settings).walk_revisions()
+    before = next(str(s.down_revision) for s in scripts if "invoices_" in s.module.__name__)
+    engine = sa.create_engine(url)
+    with engine.begin() as connection:
+        settings.attributes["connection"] = connection
+        command.upgrade(settings, before)
+        vehicle = "INSERT INTO vehicles (vin, source, created_ms, enrolled_ms, last_update) VALUES"
+        connection.exec_driver_sql(f"{vehicle} ('V', 'veh-0', 0, 0, x'')")
         for number, account, kind in ((1, "acc-1", 3), (2, "acc-1", 3), (3, "acc-2", 2)):
-            connection.execute(
+            connection.exec_driver_sql(
                 "INSERT INTO entitlements VALUES (?, 'V', 'seat-heating', ?, ?, x'', 0, 0, '', 1, 0)",
                 (f"ent-{number}", account, kind),
             )
-    connection.close()
+    engine.dispose()
     store = Store(url)
     had = [store.run_here(lambda tx, a=a: tx.had_trial(a, "seat-heating")) for a in ("acc-1", "acc-2")]  # type: ignore[misc]
     assert had == [True, False]

@@ -37,6 +37,7 @@ from tuf.api.metadata import Metadata, Root
 from cloud import catalogue as cloud_catalogue
 from cloud import keyring
 from cloud.errors import StartError
+from cloud.readings import ReadingRow
 from cloud.store import Store
 from common.config import ConfigError
 from keys import catalogue
@@ -188,7 +189,18 @@ ignition_cycles = 200
 resale = "goes-with-account"
 use_prices = [{ meter = "METER", price_minor = 3, per_units = 60000 }]
 """
-READING = 'id = "active-time"\necu_reading = true\n'
+READING = '[reading]\ndid = 0x0F41\ninterval_s = 600\nmeter = "active-time"\n\n[conditions.activate]\n'
+
+
+def _with_reading(text: str) -> str:
+    if "[reading]" in text:
+        return text
+    return text.replace("[conditions.activate]\n", READING)
+
+
+def _without_reading(text: str) -> str:
+    before, found, after = text.partition("[reading]\n")
+    return before + after[after.index("[") :] if found else text
 
 
 @pytest.mark.parametrize(
@@ -209,7 +221,7 @@ def test_what_is_sold_by_use_is_counted_by_the_ecu_or_admits_that_nobody_counts(
         text = path.read_text()
         for what, _ in edits:
             if what == "active-time":
-                text = text.replace('id = "active-time"\n', READING)
+                text = _with_reading(text)
             elif what == "by_use":
                 text = text.replace("withdrawn = false", "by_use = true\nwithdrawn = false")
             else:
@@ -233,13 +245,12 @@ def test_what_is_sold_by_use_is_counted_by_the_ecu_or_admits_that_nobody_counts(
             [("withdrawn = false", "by_use = true\nwithdrawn = false")],
             "by_use: the ECU signs",
         ),
-        ("drivers-logbook", [('id = "distance"\n', 'id = "distance"\necu_reading = true\n')], "no ECU that"),
     ],
 )
 def test_a_catalogue_that_was_signed_without_the_lint_is_not_served(
     feature: str, edits: list[tuple[str, str]], reason: str
 ) -> None:
-    text = (DEMO / f"catalogue/features/{feature}/1.toml").read_text()
+    text = _without_reading((DEMO / f"catalogue/features/{feature}/1.toml").read_text())
     for old, new in edits:
         assert old in text
         text = text.replace(old, new)
@@ -252,7 +263,7 @@ def test_what_is_sold_by_use_gets_no_new_token_without_a_reading(tmp_path: Path)
 
     def edit(source: Path) -> None:
         path = source / "features/seat-heating/1.toml"
-        text = path.read_text().replace('id = "active-time"\n', READING)
+        text = _with_reading(path.read_text())
         path.write_text(text.replace("withdrawn = false", "by_use = true\nwithdrawn = false"))
 
     async def story(world: World) -> None:
@@ -263,6 +274,13 @@ def test_what_is_sold_by_use_gets_no_new_token_without_a_reading(tmp_path: Path)
         await world.connect(device).hello()
         (after,) = await world.cloud.store.run(lambda tx: tx.tokens(VIN))
         assert after == before
+        for is_verified, counter, renewed in ((False, 1, 1), (True, 1, 2), (True, 1, 2), (True, 2, 3)):
+            row = ReadingRow("seat-heating", is_verified=is_verified, token_counter=counter)
+            await world.cloud.store.run(lambda tx, row=row: tx.put_reading(VIN, row))  # type: ignore[misc]
+            world.now_ms[0] += 400 * DAY_MS
+            await world.connect(device).hello()
+            (after,) = await world.cloud.store.run(lambda tx: tx.tokens(VIN))
+            assert after.counter == renewed
 
     path = _config(tmp_path, SEAT_BY_USE.replace("METER", "active-time"))
     _with_catalogue(tmp_path, path, edit)

@@ -95,22 +95,28 @@ class Ecu(_message.Message):
     ECU_IDENTIFIER_FIELD_NUMBER: _builtins.int
     HARDWARE_ID_FIELD_NUMBER: _builtins.int
     ECU_UID_FIELD_NUMBER: _builtins.int
+    READING_KEY_FIELD_NUMBER: _builtins.int
     ecu_identifier: _builtins.str
     """Uptane ECU identifier, as in the catalogue, such as "seat-module"."""
     hardware_id: _builtins.str
     """Uptane hardware identifier, as in the catalogue."""
     ecu_uid: _builtins.bytes
     """Unique identifier that the ECU reports and binds its tokens to, 16 bytes."""
+    reading_key: _builtins.bytes
+    """Ed25519 public key with which the ECU signs what it counts
+    (docs/reading.md), 32 bytes; empty if it signs nothing.
+    """
     def __init__(
         self,
         *,
         ecu_identifier: _builtins.str = ...,
         hardware_id: _builtins.str = ...,
         ecu_uid: _builtins.bytes = ...,
+        reading_key: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ecu_identifier", b"ecu_identifier", "ecu_uid", b"ecu_uid", "hardware_id", b"hardware_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ecu_identifier", b"ecu_identifier", "ecu_uid", b"ecu_uid", "hardware_id", b"hardware_id", "reading_key", b"reading_key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1450,6 +1456,7 @@ class RebindEcuRequest(_message.Message):
     NEW_UID_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    NEW_READING_KEY_FIELD_NUMBER: _builtins.int
     vin: _builtins.str
     """The vehicle."""
     ecu_identifier: _builtins.str
@@ -1462,6 +1469,10 @@ class RebindEcuRequest(_message.Message):
     """Why, for the audit log."""
     request_id: _builtins.str
     """UUID of the request."""
+    new_reading_key: _builtins.bytes
+    """Key with which the new ECU signs what it counts, as in Ecu; empty if it
+    signs nothing, or its key is registered already.
+    """
     def __init__(
         self,
         *,
@@ -1471,10 +1482,11 @@ class RebindEcuRequest(_message.Message):
         new_uid: _builtins.bytes = ...,
         reason: _builtins.str = ...,
         request_id: _builtins.str = ...,
+        new_reading_key: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ecu_identifier", b"ecu_identifier", "new_uid", b"new_uid", "old_uid", b"old_uid", "reason", b"reason", "request_id", b"request_id", "vin", b"vin"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ecu_identifier", b"ecu_identifier", "new_reading_key", b"new_reading_key", "new_uid", b"new_uid", "old_uid", b"old_uid", "reason", b"reason", "request_id", b"request_id", "vin", b"vin"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
