@@ -40,6 +40,10 @@ def follow(
 ) -> None:
     """Compares readings with records that were just stored, in the order of the journal.
 
+    The records of one merge stand for a time together, so the newest of their
+    readings is judged behind all of them. A journal that goes on from another
+    one, by an operator's word, has lost what lay between: nothing can be said of that.
+
     Args:
         rows: new records of one journal.
         features: as `attested` says.
@@ -47,21 +51,76 @@ def follow(
     """
     if not features:
         return
-    known = {row.feature_id: row for row in tx.readings(vin)}
-    changed: dict[str, ReadingRow] = {}
+    book = _Book(tx, vin, features, now_ms)
+    merge = None
     for usage in rows:
         record = usage_pb2.UsageRecord.FromString(usage.content)
-        feature = features.get(record.feature_id)
+        if record.seq == 1 and any(record.prev_hash):
+            book.forgive()
+        of_merge = (record.merged.first_seq, record.merged.last_seq) if record.HasField("merged") else None
+        if merge is not None and of_merge != merge:
+            book.judge_held()
+        merge = of_merge
+        book.add(record)
+        if merge is None:
+            book.judge_held()
+    book.judge_held()
+    book.store()
+
+
+class _Book:
+    """The rows of one vehicle while records come in."""
+
+    def __init__(self, tx: Transaction, vin: str, features: Mapping[str, Attested], now_ms: int) -> None:
+        self._tx, self._vin, self._features, self._now_ms = tx, vin, features, now_ms
+        self._rows = {row.feature_id: row for row in tx.readings(vin)}
+        self._changed: set[str] = set()
+        self._held: dict[str, list[bytes]] = {}
+
+    def forgive(self) -> None:
+        """Begins all comparisons anew."""
+        for row in list(self._rows.values()):
+            self._put(replace(row, is_unbounded=True))
+
+    def add(self, record: usage_pb2.UsageRecord) -> None:
+        """Adds a record; the reading that it carries is held."""
+        feature = self._features.get(record.feature_id)
         if feature is None:
-            continue
-        row = known.get(record.feature_id) or ReadingRow(record.feature_id)
+            return
         if record.meter_id == feature.meter_id and record.unit == usage_pb2.UNIT_MILLISECOND:
-            row = with_record(row, record)
+            self._put(with_record(self._row(record.feature_id), record))
         if record.ecu_reading:
-            row = _take(tx, vin, row, feature, record.ecu_reading, now_ms)
-        known[record.feature_id] = changed[record.feature_id] = row
-    for row in changed.values():
-        tx.put_reading(vin, row)
+            self._held.setdefault(record.feature_id, []).append(record.ecu_reading)
+
+    def judge_held(self) -> None:
+        """Judges the newest reading of each feature that is held, and all that are none."""
+        for feature_id, contents in self._held.items():
+            newest = max(contents, key=_number)
+            for content in (c for c in contents if c is newest or not _number(c)):
+                row = self._row(feature_id)
+                feature = self._features[feature_id]
+                self._put(_take(self._tx, self._vin, row, feature, content, self._now_ms))
+        self._held.clear()
+
+    def store(self) -> None:
+        """Writes what has changed."""
+        for feature_id in sorted(self._changed):
+            self._tx.put_reading(self._vin, self._rows[feature_id])
+
+    def _row(self, feature_id: str) -> ReadingRow:
+        return self._rows.get(feature_id) or ReadingRow(feature_id)
+
+    def _put(self, row: ReadingRow) -> None:
+        self._rows[row.feature_id] = row
+        self._changed.add(row.feature_id)
+
+
+def _number(content: bytes) -> int:
+    """The number of a reading; 0 if it is none."""
+    try:
+        return parse(content).reading
+    except ReadingError:
+        return 0
 
 
 def note_contact(tx: Transaction, vin: str, features: Mapping[str, Attested], now_ms: int) -> None:

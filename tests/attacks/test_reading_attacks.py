@@ -16,6 +16,7 @@ import grpc
 import pytest
 from support.cloud_world import (
     DAY_MS,
+    JOURNAL,
     OTHER_VIN,
     START_MS,
     VIN,
@@ -32,10 +33,11 @@ from vectors.make_reading_vectors import ECU_KEY, claims, sign
 from vectors.make_token_vectors import FOREIGN
 
 from cloud.attestation import FOREIGN as FOREIGN_READING
-from cloud.attestation import NO_KEY, SILENT, SILENT_DAYS
-from cloud.readings import BACK, EXCESS, ReadingRow
-from cloud.store import FindingRow, Store
+from cloud.attestation import NO_KEY, SILENT, SILENT_DAYS, follow
+from cloud.readings import BACK, EXCESS, Attested, ReadingRow
+from cloud.store import FindingRow, Store, UsageRow
 from openfod.operator.v1 import operator_service_pb2 as operator_pb2
+from openfod.usage.v1 import usage_pb2
 
 WINDOW_MS = 60_000
 
@@ -339,5 +341,52 @@ def test_readings_that_were_hoarded_under_an_older_token_do_not_end_a_silence(tm
         await _days(car, SILENT_DAYS + 3, old)
         ((kind, text),) = await car.found()
         assert (kind, f"under token {newest}" in text) == (SILENT, True)
+
+    drive(tmp_path, story)
+
+
+def rows(contents: list[bytes]) -> list[UsageRow]:
+    """Records as they are stored."""
+    seqs = [usage_pb2.UsageRecord.FromString(content).seq for content in contents]
+    return [UsageRow(JOURNAL, n, c, hashlib.sha256(c).digest()) for n, c in zip(seqs, contents, strict=True)]
+
+
+SEAT = {"seat-heating": Attested("active-time", "seat-module", 1)}
+
+
+def test_the_readings_of_one_merge_are_judged_behind_all_of_its_records(tmp_path: Path) -> None:
+    async def story(car: Car) -> None:
+        await car.use(reading=said(1, WINDOW_MS))
+        merged = usage_pb2.MergedWindows(first_seq=2, last_seq=40, records=39)
+        sums = [
+            record(
+                car.device.source, 41, bytes(32), value=9 * WINDOW_MS, ecu_reading=said(9, 16 * WINDOW_MS)
+            ),
+            record(car.device.source, 42, bytes(32), value=9 * WINDOW_MS, ecu_reading=said(5, 9 * WINDOW_MS)),
+        ]
+        for n, content in enumerate(sums):
+            message = usage_pb2.UsageRecord.FromString(content)
+            message.merged.CopyFrom(merged)
+            sums[n] = message.SerializeToString()
+        await car.look(lambda tx: follow(tx, VIN, rows(sums), SEAT, START_MS))
+        assert await car.found() == []
+        assert (await car.latest()).reading == 9
+        behind = [record(car.device.source, 43, bytes(32), value=0, ecu_reading=said(10, 26 * WINDOW_MS))]
+        await car.look(lambda tx: follow(tx, VIN, rows(behind), SEAT, START_MS))
+        assert [kind for kind, _ in await car.found()] == [EXCESS]
+
+    drive(tmp_path, story)
+
+
+@pytest.mark.parametrize("confirmed", [True, False])
+def test_only_a_journal_that_an_operator_let_go_on_excuses_what_was_lost(
+    tmp_path: Path, confirmed: bool
+) -> None:
+    async def story(car: Car) -> None:
+        await car.use(reading=said(1, WINDOW_MS))
+        head = b"\x01" * 32 if confirmed else bytes(32)
+        begun = [record(car.device.source, 1, head, ecu_reading=said(2, 100 * WINDOW_MS))]
+        await car.look(lambda tx: follow(tx, VIN, rows(begun), SEAT, START_MS))
+        assert [kind for kind, _ in await car.found()] == ([] if confirmed else [EXCESS])
 
     drive(tmp_path, story)

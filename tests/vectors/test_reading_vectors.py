@@ -96,3 +96,12 @@ def test_the_common_case_is_shorter_than_160_bytes_and_the_longest_than_512() ->
 def test_the_file_is_what_its_generator_makes() -> None:
     assert json.loads(json.dumps(make_reading_vectors.document())) == VECTORS
     assert Path(make_reading_vectors.FILE).read_text(encoding="utf-8").endswith("}\n")
+
+
+def test_no_changed_bit_of_a_reading_is_taken() -> None:
+    content = bytes.fromhex(VECTORS["accepted"][0]["reading_hex"])
+    for bit in range(8 * len(content)):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(ReadingError):
+            parse(bytes(changed)).check_signature(PUBLIC)
