@@ -256,6 +256,10 @@ def moment_ms(text: str) -> int:
 
 
 def _missing(key: str, path: Path) -> Iterator[tuple[str, str]]:
-    if not path.exists():
+    try:
+        found = path.exists()
+    except OSError:  # such as a name that is too long
+        found = False
+    if not found:
         tls = "; TLS cannot be switched off" if key.startswith("server.") else ""
         yield key, f"no such file: {path}{tls}"

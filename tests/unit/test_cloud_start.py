@@ -142,6 +142,12 @@ def test_a_database_in_memory_is_refused(tmp_path: Path) -> None:
         config.read(path)
 
 
+def test_a_file_whose_name_is_too_long_is_missing(tmp_path: Path) -> None:
+    path = write_config(tmp_path, **{str(DEMO / "plans.toml"): "9" * 300})
+    with pytest.raises(ConfigError, match="plans: no such file"):
+        config.read(path)
+
+
 def test_a_relative_database_starts_at_the_configurations_folder(tmp_path: Path) -> None:
     path = write_config(tmp_path)
     assert config.database_url(path, config.read(path).store).database == str(tmp_path / "cloud.db")
