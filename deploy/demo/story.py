@@ -8,6 +8,7 @@ code 1 and the last lines of all logs. Everything is written to run/demo/.
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import json
 import secrets
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cloud.readings import Reading, parse
 from common.cli import EXIT_DONE, EXIT_FAILED, fail
 from deploy.demo import rogue
 from deploy.demo.page import Page, StepFailedError
@@ -213,7 +215,7 @@ class Story:
         page.log("agent", [x for x in life if any(s in x for s in steps)])
         self._show("fod-agent", "status", "--config", stage.agent_config(), most=7)
         requests = [x for x in life if "request to ECU" in x]
-        written = [x for x in requests if 'purpose="read back"' not in x]
+        written = [x for x in requests if 'purpose="read back"' not in x and "purpose=reading" not in x]
         page.check(
             "offline the right holds, without a write to the ECU",
             f"{len(requests)} reads, {len(written)} writes; tokens taken by the ECU: "
@@ -388,6 +390,7 @@ class Story:
         """All of it beside the truth."""
         stage, page = self.stage, self.page
         page.chapter("The bill, beside the truth")
+        counted = stage.until("the seat module's last reading is in the cloud", self._last_reading)
         status = stage.until_status(
             "all usage has a receipt",
             lambda s: bool(s["journal"]["receipts_to"] == s["journal"]["stored"] == s["journal"]["records"]),
@@ -411,6 +414,15 @@ class Story:
                 f"{bill.value} <= {true:.1f} <= {bill.value + bill.gap} {unit}",
                 held=bill.is_bounded and bill.value <= true <= bill.value + bill.gap,
             )
+        listed = stage.done("fod-cloud", "vehicle", "list", "--json", "--config", stage.cloud_config).data
+        findings = next(v.get("findings", []) for v in listed["vehicles"] if v["vin"] == VIN)
+        unmetered = [text for text in findings if "the ECU counted" in text]
+        page.check(
+            "the seat module's own signed count is the truth, and explains the bill",
+            f"{counted.on_ms} ms in {counted.executions} uses, reading {counted.reading}; "
+            f"{len(unmetered)} findings of use that was not metered",
+            held=abs(counted.on_ms - truth["heater_on_ms"]) < counted.reading + 10 and not unmetered,
+        )
         invoice = self.stage.done("fod-cloud", "invoice", VIN, "--json", "--config", stage.cloud_config).data[
             "invoices"
         ][0]
@@ -555,6 +567,15 @@ class Story:
             "fod-cloud", "usage", VIN, "--json", "--config", stage.cloud_config
         ).data
         return found
+
+    def _last_reading(self) -> Reading | None:
+        """What the seat module signed after its feature went off; None before that."""
+        contents = [record["ecu_reading"] for record in self._records() if record.get("ecu_reading")]
+        if not contents:
+            return None
+        reading = parse(base64.b64decode(contents[-1]))
+        reading.check_signature(bytes.fromhex(self.stage.seat_key))
+        return reading if reading.on_ms + 10 >= self.stage.truth()["heater_on_ms"] else None
 
     def _beside_truth(self, bills: dict[str, Bill], truth: dict[str, Any]) -> None:
         time_bill, way_bill = bills[ACTIVE_TIME], bills[HEATED_DISTANCE]
