@@ -135,6 +135,7 @@ def refused() -> list[dict[str, Any]]:
         ("a number of eight bytes that fits in four", "form", sign(as_reading("1b 00000000ffffffff"))),
         ("an argument that CBOR keeps free", "form", sign(as_reading("1c"))),
         ("claims that end in a number", "form", sign(dumps(claims(on_ms=3_600_000, executions=None))[:-2])),
+        ("a claim fewer than the map says", "form", sign(b"\xa7" + dumps(claims(executions=None))[1:])),
         ("bytes after the claims", "form", sign(dumps(claims()) + b"\x00")),
         ("feature 0", "form", sign(claims(feature=0))),
         ("a negative time", "form", sign({**claims(), 6: -1})),
