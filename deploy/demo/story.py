@@ -8,6 +8,7 @@ code 1 and the last lines of all logs. Everything is written to run/demo/.
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import json
 import secrets
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cloud.readings import Reading, parse
 from common.cli import EXIT_DONE, EXIT_FAILED, fail
 from deploy.demo import rogue
 from deploy.demo.page import Page, StepFailedError
@@ -388,6 +390,7 @@ class Story:
         """All of it beside the truth."""
         stage, page = self.stage, self.page
         page.chapter("The bill, beside the truth")
+        counted = stage.until("the seat module's last reading is in the cloud", self._last_reading)
         status = stage.until_status(
             "all usage has a receipt",
             lambda s: bool(s["journal"]["receipts_to"] == s["journal"]["stored"] == s["journal"]["records"]),
@@ -412,6 +415,15 @@ class Story:
                 f"{bill.value} <= {true:.1f} <= {bill.value + bill.gap} {unit}",
                 held=bill.is_bounded and bill.value <= true <= bill.value + bill.gap,
             )
+        listed = stage.done("fod-cloud", "vehicle", "list", "--json", "--config", stage.cloud_config).data
+        findings = next(v.get("findings", []) for v in listed["vehicles"] if v["vin"] == VIN)
+        unmetered = [text for text in findings if "the ECU counted" in text]
+        page.check(
+            "the seat module's own signed count is the truth, and explains the bill",
+            f"{counted.on_ms} ms in {counted.executions} uses, reading {counted.reading}; "
+            f"{len(unmetered)} findings of use that was not metered",
+            held=abs(counted.on_ms - truth["heater_on_ms"]) < counted.reading + 10 and not unmetered,
+        )
         quantity = sum(int(x["quantity"]) for x in invoice["lines"] if x["meter_id"] == ACTIVE_TIME)
         page.check(
             "the invoice bills exactly the metered time",
@@ -553,6 +565,15 @@ class Story:
             "fod-cloud", "usage", VIN, "--json", "--config", stage.cloud_config
         ).data
         return found
+
+    def _last_reading(self) -> Reading | None:
+        """What the seat module signed after its feature went off; None before that."""
+        contents = [record["ecu_reading"] for record in self._records() if record.get("ecu_reading")]
+        if not contents:
+            return None
+        reading = parse(base64.b64decode(contents[-1]))
+        reading.check_signature(bytes.fromhex(self.stage.seat_key))
+        return reading if reading.on_ms + 10 >= self.stage.truth()["heater_on_ms"] else None
 
     def _beside_truth(self, bills: dict[str, Bill], truth: dict[str, Any]) -> dict[str, Any]:
         """Shows each meter's line of the invoice beside the truth; returns the invoice."""

@@ -25,6 +25,11 @@ from openfod.usage.v1 import usage_pb2
 UID, OTHER = bytes(16), b"\x01" * 16
 
 
+def test_the_figures_are_those_of_the_contract() -> None:
+    assert (TOLERANCE_MS, EXECUTION_MS, BLOCK_MS) == (5_000, 200, 36_000_000)
+    assert (EXCESS, DECLARED, BACK) == ("reading-excess", "reading-declared", "reading-back")
+
+
 class Book:
     """A row, and what was found."""
 
@@ -64,6 +69,27 @@ def test_the_first_reading_compares_nothing() -> None:
     book = Book()
     assert book.read(4_000_000, 10**9) == ""
     assert (book.row.is_verified, book.row.on_ms, book.row.stored_ms) == (True, 10**9, 7)
+    assert (book.row.content, book.row.token_counter) == (b"signed", 1)
+
+
+def test_a_reading_that_could_not_be_verified_is_no_ground_for_a_comparison() -> None:
+    book = Book()
+    book.row = replace(book.row, ecu_uid=UID, content=b"unverified", reading=900, on_ms=0)
+    book.meter(0)
+    assert book.read(1, 10**9) == ""
+    assert (book.row.reading, book.row.is_verified) == (1, True)
+
+
+def test_an_ecu_that_starts_anew_begins_a_block_of_its_own(book: Book) -> None:
+    book.meter(0, BLOCK_MS)
+    assert book.read(2, BLOCK_MS - 1) == ""
+    assert book.read(1, 5, uid=OTHER) == ""
+    assert (book.row.block_on_ms, book.row.block_value_ms) == (0, 0)
+    book.meter(BLOCK_MS // 2)
+    assert book.read(2, 6, uid=OTHER) == ""
+    assert (book.row.block_on_ms, book.row.block_value_ms) == (1, BLOCK_MS // 2)
+    assert book.read(3, 4, uid=OTHER) == BACK
+    assert (book.row.block_on_ms, book.row.block_value_ms) == (0, 0)
 
 
 @pytest.mark.parametrize("metered", [(100_000, 0), (0, 100_000), (60_000, 40_000)])
@@ -82,6 +108,22 @@ def test_each_execution_has_its_edge(book: Book) -> None:
     assert book.read(2, TOLERANCE_MS + 10 * EXECUTION_MS + 7, executions=10) == ""
     book.row = within
     assert book.read(2, TOLERANCE_MS + 10 * EXECUTION_MS + 8, executions=10) == EXCESS
+
+
+def test_only_the_executions_since_the_last_reading_have_one(book: Book) -> None:
+    book.meter(0)
+    assert book.read(2, 0, executions=100) == ""
+    assert book.read(3, TOLERANCE_MS + EXECUTION_MS + 7, executions=101) == EXCESS
+
+
+def test_the_clocks_may_drift_by_a_thousandth(book: Book) -> None:
+    book.meter(0)
+    hour_ms = 3_600_000
+    book.meter(hour_ms)
+    within = book.row
+    assert book.read(2, hour_ms + TOLERANCE_MS + 3608) == ""
+    book.row = within
+    assert book.read(2, hour_ms + TOLERANCE_MS + 3609) == EXCESS
 
 
 def test_an_ecu_that_counts_no_executions_has_none(book: Book) -> None:
@@ -127,6 +169,7 @@ def test_a_finding_begins_the_comparison_anew(book: Book) -> None:
 
 def test_a_gap_without_a_bound_says_nothing_of_its_span_alone(book: Book) -> None:
     book.meter(0, unbounded=True)
+    book.meter(0)
     assert book.read(2, 10**7) == ""
     book.meter(0)
     assert book.read(3, 10**7 + TOLERANCE_MS + 100) == EXCESS
