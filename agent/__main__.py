@@ -414,6 +414,20 @@ def _print_status(status: dict[str, object]) -> None:
         print_table(("feature", "state", "why", "right", "grant to on"), rows)
     elif "journal" in status:
         print("\nNo features: no right has arrived yet.")
+    quotas = status.get("quotas")
+    if isinstance(quotas, list) and quotas:
+        print()
+        amounts = [
+            (
+                q["feature"],
+                q["meter"],
+                f"{q['used']} of {q['limit']}",
+                "suspends" if q["hard"] else "more is billed",
+                q["warning"] or "-",
+            )
+            for q in quotas
+        ]
+        print_table(("feature", "meter", "quota used", "at its end", "warning"), amounts)
     journal = status.get("journal")
     if isinstance(journal, dict):
         print(

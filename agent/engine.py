@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
 
 from agent import events as ev
@@ -23,15 +23,18 @@ from agent.features.guard import (
     activation_request,
     announcement_request,
     read_back_request,
+    reading_request,
     session_request,
 )
 from agent.features.lifecycle import METERED, Action, Event, State, transition
 from agent.metering.ledger import Ledger
 from agent.metering.meter import OpenWindow
+from agent.metering.reading import reading_of
 from agent.model import (
     ActuatorKind,
     Entitlement,
     FeatureSpec,
+    Quota,
     Rights,
     SignalInfo,
     SignalValue,
@@ -45,7 +48,7 @@ from agent.model import (
 from agent.signals.state import SignalState
 from agent.trust.clock import TrustedClock
 from agent.trust.grant_log import LogEntry, LogHead, entry, follow
-from agent.trust.terms import judge
+from agent.trust.terms import QuotaState, judge, judge_quota, period_of
 
 IGNITION = "Vehicle.LowVoltageSystemState"
 """VSS name of the signal whose value "OFF" ends a hold."""
@@ -65,12 +68,16 @@ GATHER_NS = 500_000_000
 """Longest time for which signals gather that decide nothing at once: each look at them costs."""
 MIN_OFF_READ_BACK_S = 10
 """Shortest period at which a feature that should be off is read back."""
+READING_RETRY_NS = 1_000_000_000
+"""Pause before an ECU that is busy is looked at again, to be asked for its own count."""
 EVIDENCE_BYTES = 64
 """Of the ECU's answer, kept as evidence."""
 EVIDENCE_PAUSE_NS = 3600 * 1_000_000_000
 """At most one entry in the owner's log in that time for what one feature's ECU says."""
 _ASLEEP = frozenset({None, "OFF", "LOCK"})
 """Values of the ignition at which no ECU is woken to be read."""
+_AT_PERIOD = "@"
+"""Between a meter and a period's start, where the amount at that start is kept; no meter's id has it."""
 _NS_PER_MS = 1_000_000
 _MAX_STEPS = 16
 _READ_BACK_POSITIVE = 0x62
@@ -112,6 +119,10 @@ class _Feature:
     missed: bool = False
     activation_ms: int = 0
     nrc: int = 0
+    warned: dict[tuple[str, str], tuple[int, int, bool]] = field(default_factory=dict)
+    reading_ns: int = 0
+    reading_asked: bool = False
+    reading_wanted: bool = False
 
 
 @dataclass(slots=True)
@@ -177,6 +188,7 @@ class Engine:
         self._checkpoint_due_ns = 0
         self._window_due_ns = 0
         self._mark_due_ns = 0
+        self._readings_due_ns = 0
         self._link = False
         self._greeted = False
         self._nonces: list[tuple[bytes, int]] = []
@@ -194,6 +206,8 @@ class Engine:
         self._out = []
         self._take(event, now_ns)
         self._evaluate_all(now_ns)
+        if now_ns >= self._readings_due_ns:
+            self._ask_readings(now_ns)
         if self._ledger.resolve(self._is_seen, self._signals, now_ns=now_ns, now=self._time(now_ns)):
             self._checkpoint_due_ns = now_ns
         self._keep_time(now_ns, force=isinstance(event, ev.Stopping))
@@ -226,6 +240,8 @@ class Engine:
         due = [checkpoint_ns if checkpoint_ns > self._now_ns else self._now_ns + self._checkpoint_ns]
         for feature in self._features.values():
             due += [t for t in (feature.retry_ns, feature.read_back_ns) if t > self._now_ns]
+        if self._readings_due_ns > self._now_ns:
+            due.append(self._readings_due_ns)
         return min(due)
 
     def _take(self, event: ev.Event, now_ns: int) -> None:
@@ -503,11 +519,49 @@ class Engine:
         kept = right.undecided and feature.state in METERED
         if not (right.live or kept):
             return False, False, right.reason
-        for quota in entitlement.quotas:
-            used = self._ledger.used_now(entitlement.entitlement_id, quota.meter_id)
-            if quota.hard and used >= quota.limit:
-                return False, True, f"quota of {quota.meter_id} is used up: {used} of {quota.limit}"
-        return True, False, right.reason
+        if not entitlement.quotas:
+            return True, False, right.reason
+        states = self._quota_states(entitlement, now_ns)
+        self._warn(feature, entitlement, states)
+        words = "; ".join(state.words for state in states if state.words)
+        if any(state.hard and state.beyond for state in states):
+            return False, True, words
+        return True, False, f"{right.reason}; {words}" if words else right.reason
+
+    def _quota_states(self, entitlement: Entitlement, now_ns: int) -> list[QuotaState]:
+        return [judge_quota(q, self._used_of(entitlement, q, now_ns)) for q in entitlement.quotas]
+
+    def _used_of(self, entitlement: Entitlement, quota: Quota, now_ns: int) -> int:
+        """What was used under a right, of the running period if its quota has periods.
+
+        What had been used when a period was first seen to run is kept beside
+        the amounts themselves, under the meter and the period's start.
+        """
+        used = self._ledger.used_now(entitlement.entitlement_id, quota.meter_id)
+        period_s = period_of(quota, self._time(now_ns))
+        if period_s is None:
+            return used
+        key = (entitlement.entitlement_id, f"{quota.meter_id}{_AT_PERIOD}{period_s}")
+        return max(0, used - self._ledger.used.setdefault(key, used))
+
+    def _warn(self, feature: _Feature, entitlement: Entitlement, states: list[QuotaState]) -> None:
+        """Says each stage of a quota once, and that overage has begun."""
+        for state in states:
+            key = (entitlement.entitlement_id, state.meter_id)
+            level = (state.limit, state.stage, state.beyond)
+            if feature.warned.get(key) == level:
+                continue
+            feature.warned[key] = level
+            if state.words:
+                self._say(
+                    "warning",
+                    state.words,
+                    feature=feature.spec.feature_id,
+                    entitlement=entitlement.entitlement_id,
+                    used=state.used,
+                    limit=state.limit,
+                    hard=state.hard,
+                )
 
     def _odometer(self, now_ns: int) -> int | None:
         return odometer_metres(self._signals.value("Vehicle.TraveledDistance", now_ns))
@@ -750,6 +804,10 @@ class Engine:
         feature = self._features.get(event.feature_id)
         if feature is None:
             return
+        if feature.reading_asked:
+            # Jobs of one ECU end in the order in which they began, and this one began alone.
+            self._take_reading(feature, event, now_ns)
+            return
         feature.busy = False
         now = self._time(now_ns)
         should_be_off = feature.state in {State.LOCKED, State.SUSPENDED}
@@ -786,6 +844,48 @@ class Engine:
         feature.may_be_on = False
         if feature.state not in METERED:
             self._stop_meters(feature, now_ns)
+
+    # --- the ECU's own count ---------------------------------------------------------
+
+    def _ask_readings(self, now_ns: int) -> None:
+        """Asks ECUs for what they sign of their own count: at its interval while on, and once after that."""
+        due_ns = now_ns + BACKOFF_NS[-1]
+        for feature in self._features.values():
+            spec = feature.spec
+            is_due = self._ledger.is_metering(spec.feature_id) or feature.reading_wanted
+            if spec.reading is None or spec.ecu is None or not is_due or feature.reading_asked:
+                continue
+            if now_ns < feature.reading_ns:
+                due_ns = min(due_ns, feature.reading_ns)
+                continue
+            is_free = not feature.busy and not self._ledger.has_reading(spec.feature_id)
+            is_up = self._buses.get(spec.ecu.bus, "up") == "up"
+            if self._is_asleep(now_ns):
+                continue
+            if not (is_free and is_up and now_ns >= feature.retry_ns):
+                due_ns = min(due_ns, now_ns + READING_RETRY_NS)
+                continue
+            feature.reading_asked = True
+            trace = feature.entitlement.trace_id if feature.entitlement else ""
+            self._out.append(ev.RunEcu(spec.feature_id, "reading", spec.ecu, (reading_request(spec),), trace))
+        self._readings_due_ns = due_ns
+
+    def _take_reading(self, feature: _Feature, event: ev.EcuDone, now_ns: int) -> None:
+        """Lets the next record of the feature carry what the ECU signed, untouched."""
+        spec, feature.reading_asked = feature.spec, False
+        reading = reading_of(spec, event.answer) if event.error is None else None
+        if reading is None or spec.reading is None or feature.entitlement is None:
+            feature.reading_ns = now_ns + BACKOFF_NS[-1]
+            feature.reading_wanted &= not isinstance(event.error, NegativeResponseError)
+            why = str(event.error or f"answer {event.answer[:16].hex(' ')} is not as the catalogue says")
+            self._say("warning", "the ECU gave no reading", feature=spec.feature_id, reason=why)
+            return
+        feature.reading_ns = now_ns + spec.reading.interval_s * 1_000_000_000
+        feature.reading_wanted = False
+        self._readings_due_ns = min(self._readings_due_ns, feature.reading_ns)
+        self._ledger.attach(spec, feature.entitlement, reading, now_ns=now_ns, now=self._time(now_ns))
+        if self._ledger.unsaved:
+            self._checkpoint_due_ns = now_ns
 
     def _judge_evidence(self, feature: _Feature, view: _EcuView, answer: bytes, now_ns: int) -> None:
         """Notes what no right explains for as long as the ECU says it; each finding is logged once."""
@@ -852,12 +952,14 @@ class Engine:
             now=self._time(now_ns),
         )
         feature.asked_ns, feature.may_be_on = 0, False
-        self._checkpoint_due_ns = now_ns
+        self._checkpoint_due_ns = self._readings_due_ns = now_ns
 
     def _stop_meters(self, feature: _Feature, now_ns: int) -> None:
         if self._ledger.is_metering(feature.spec.feature_id):
             self._ledger.stop(feature.spec.feature_id, now_ns=now_ns, now=self._time(now_ns))
             self._checkpoint_due_ns = now_ns
+            feature.reading_wanted = feature.spec.reading is not None
+            feature.reading_ns = self._readings_due_ns = now_ns
 
     def _is_seen(self, feature_id: str) -> bool:
         """Whether it is known if a feature is on or off."""
@@ -982,6 +1084,20 @@ class Engine:
             "usage": [
                 {"entitlement": entitlement, "meter": meter, "closed": value}
                 for (entitlement, meter), value in sorted(self._ledger.used.items())
+                if _AT_PERIOD not in meter
+            ],
+            "quotas": [
+                {
+                    "feature": feature_id,
+                    "entitlement": entitlement.entitlement_id,
+                    "meter": state.meter_id,
+                    "used": state.used,
+                    "limit": state.limit,
+                    "hard": state.hard,
+                    "warning": state.words,
+                }
+                for feature_id, entitlement in sorted(self._rights.entitlements.items())
+                for state in self._quota_states(entitlement, now_ns)
             ],
             "journal": {
                 "id": self._ledger.head.journal_id,

@@ -208,6 +208,20 @@ class ReadBackSpec(NamedTuple):
     counter_offset: int | None
 
 
+class ReadingSpec(NamedTuple):
+    """Where the ECU says, under its own signature, what it counted (docs/reading.md).
+
+    Args:
+        did: data identifier, ISO 14229-1 service 0x22.
+        interval_s: period of the reading while the feature is on, seconds.
+        meter_id: duration meter that measures the same, whose records carry it.
+    """
+
+    did: int
+    interval_s: int
+    meter_id: str
+
+
 @dataclass(frozen=True, slots=True)
 class FeatureSpec:
     """One release of one feature, as the signed catalogue describes it.
@@ -223,6 +237,8 @@ class FeatureSpec:
         release_when: must hold before a feature is taken away.
         hold_max_s: longest time in HELD, seconds.
         read_back_interval_s: period of the read-back while active, seconds.
+        by_use: it may be sold by use: its ECU signs its count, or the file admits that nobody counts.
+        reading: the ECU's own signed count; None if it signs none.
     """
 
     feature_id: str
@@ -243,6 +259,8 @@ class FeatureSpec:
     read_back_interval_s: int
     meters: tuple[MeterSpec, ...]
     sha256: str = ""
+    by_use: bool = False
+    reading: ReadingSpec | None = None
 
     @property
     def inputs(self) -> frozenset[str]:
@@ -276,11 +294,20 @@ class PlanKind(enum.Enum):
 
 
 class Quota(NamedTuple):
-    """A limit on a meter, in the meter's unit."""
+    """A limit on a meter, in the meter's unit.
+
+    Args:
+        hard: the feature is suspended at the limit; else what is beyond is billed as overage.
+        warn_percent: parts of the limit at which the driver is warned, ascending.
+        period_starts_s: starts of the periods that the limit is for, Unix
+            seconds, ascending; empty: it is for the whole right.
+    """
 
     meter_id: str
     limit: int
     hard: bool
+    warn_percent: tuple[int, ...] = ()
+    period_starts_s: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ Raises only TrustError.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from google.protobuf.message import DecodeError, Message
 
@@ -33,6 +33,10 @@ MAX_TARGET_BYTES = 65_536
 MAX_ENTITLEMENTS_BYTES = 65_536
 MAX_ENTITLEMENTS = 256
 MAX_QUOTAS = 16
+MAX_WARNINGS = 8
+MAX_PERIOD_STARTS = 16
+MAX_TIERS = 8
+PERCENT = 100
 MAX_PARAMETERS = 16
 MAX_USE_PRICES = 16
 MAX_PARAMETER_VALUE_BYTES = 64
@@ -190,6 +194,11 @@ def _require_unique(field: str, values: Iterable[str]) -> None:
         seen.add(value)
 
 
+def _require_ascending(field: str, values: Sequence[int], highest: int) -> None:
+    for before, value in zip((0, *values), values, strict=False):
+        _require(before < value <= highest, field, f"{before + 1} to {highest}, ascending", value)
+
+
 def _require_known_fields(message: Message) -> None:
     known = type(message)()
     known.CopyFrom(message)
@@ -266,11 +275,17 @@ def _check_validity(at: str, validity: entitlement_pb2.Validity, kind: PlanKind)
 
 
 def _quotas(at: str, messages: Iterable[entitlement_pb2.Quota]) -> tuple[Quota, ...]:
-    quotas = tuple(Quota(message.meter_id, message.limit, message.hard) for message in messages)
+    quotas = tuple(
+        Quota(m.meter_id, m.limit, m.hard, tuple(m.warn_percent), tuple(m.period_starts_s)) for m in messages
+    )
     bounded(at, limit=MAX_QUOTAS, found=len(quotas))
     for quota in quotas:
         _require_match(f"{at}.meter_id", _NAME, quota.meter_id)
         _require(quota.limit >= 1, f"{at}.limit", "1 or more", quota.limit)
+        bounded(f"{at}.warn_percent", limit=MAX_WARNINGS, found=len(quota.warn_percent))
+        _require_ascending(f"{at}.warn_percent", quota.warn_percent, PERCENT)
+        bounded(f"{at}.period_starts_s", limit=MAX_PERIOD_STARTS, found=len(quota.period_starts_s))
+        _require_ascending(f"{at}.period_starts_s", quota.period_starts_s, MAX_UNIX_S)
     _require_unique(f"{at}.meter_id", (quota.meter_id for quota in quotas))
     return quotas
 
@@ -292,16 +307,42 @@ def _display(at: str, message: entitlement_pb2.Entitlement) -> dict[str, object]
     _require_match(f"{at}.period", _PERIOD, terms.period)
     bounded(f"{at}.use_prices", limit=MAX_USE_PRICES, found=len(terms.use_prices))
     for price in terms.use_prices:
-        _require_match(f"{at}.use_prices.meter_id", _NAME, price.meter_id)
-        _require(price.per_units >= 1, f"{at}.use_prices.per_units", "1 or more", price.per_units)
-    _require_unique(f"{at}.use_prices.meter_id", (price.meter_id for price in terms.use_prices))
+        _check_price(f"{at}.use_prices", price)
+    keys = (f"{p.meter_id} {p.dimension} {p.value}".strip() for p in terms.use_prices)
+    _require_unique(f"{at}.use_prices.meter_id", keys)
     return {
         "price_minor": terms.price_minor,
         "currency": terms.currency,
         "period": terms.period,
         "renews": terms.renews,
+        "entry_minor": terms.entry_minor,
+        "payment_failed": terms.payment_failed,
         "use_prices": tuple(
-            {"meter_id": p.meter_id, "price_minor": p.price_minor, "per_units": p.per_units}
+            {
+                "meter_id": p.meter_id,
+                "price_minor": p.price_minor,
+                "per_units": p.per_units,
+                "dimension": p.dimension,
+                "value": p.value,
+                "included_units": p.included_units,
+                "tiers": tuple((t.above_units, t.price_minor, t.per_units) for t in p.tiers),
+            }
             for p in terms.use_prices
         ),
     }
+
+
+def _check_price(at: str, price: entitlement_pb2.UsePrice) -> None:
+    _require_match(f"{at}.meter_id", _NAME, price.meter_id)
+    _require(price.per_units >= 1, f"{at}.per_units", "1 or more", price.per_units)
+    if price.dimension or price.value:
+        _require_match(f"{at}.dimension", _NAME, price.dimension)
+        _require_match(f"{at}.value", _NAME, price.value)
+    bounded(f"{at}.tiers", limit=MAX_TIERS, found=len(price.tiers))
+    before = price.included_units
+    for tier in price.tiers:
+        _require(
+            tier.above_units > before, f"{at}.tiers.above_units", f"more than {before}", tier.above_units
+        )
+        _require(tier.per_units >= 1, f"{at}.tiers.per_units", "1 or more", tier.per_units)
+        before = tier.above_units

@@ -10,7 +10,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from deploy.demo.stage import SEAT_ECU, SEAT_HARDWARE, SEAT_UID, VIN, Stage
+from deploy.demo.stage import VIN, Stage
 
 GRANTS = 30
 
@@ -25,7 +25,7 @@ def main() -> None:
         stage.start_cloud()
         stage.start_vehicle()
         config = ("--json", "--config", stage.cloud_config)
-        ecu = f"{SEAT_ECU}:{SEAT_HARDWARE}:{SEAT_UID}"
+        ecu = stage.seat_ecu
         claim = stage.done("fod-cloud", "vehicle", "add", VIN, "--ecu", ecu, *config).data["claim_token"]
         stage.write_agent_config()
         stage.done("fod-agent", "enroll", "--config", stage.agent_config(), "--claim", claim)

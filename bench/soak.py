@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.demo.stage import SEAT_ECU, SEAT_HARDWARE, SEAT_UID, VIN, Stage
+from deploy.demo.stage import VIN, Stage
 
 SECONDS = int(os.environ.get("SECONDS", "3600"))
 RATE = 4_500
@@ -64,7 +64,7 @@ def _begin(stage: Stage) -> None:
     stage.start_cloud()
     stage.start_vehicle()
     config = ("--json", "--config", stage.cloud_config)
-    ecu = f"{SEAT_ECU}:{SEAT_HARDWARE}:{SEAT_UID}"
+    ecu = stage.seat_ecu
     claim = stage.done("fod-cloud", "vehicle", "add", VIN, "--ecu", ecu, *config).data["claim_token"]
     line = stage.folder / "load.tty"
     log = _write_load(stage.folder)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from agent.adapters.store import Store
 from agent.trust.verifier import verify_stored
-from deploy.demo.stage import COMMANDS, SEAT_ECU, SEAT_HARDWARE, SEAT_UID, VIN, Stage
+from deploy.demo.stage import COMMANDS, VIN, Stage
 
 RUNS = 15
 DATA = Path(os.environ.get("OPENFOD_TEST_DATA", "../shared/data")).absolute()
@@ -74,7 +74,7 @@ def _prepare(stage: Stage) -> None:
     stage.start_cloud()
     stage.start_vehicle()
     config = ("--json", "--config", stage.cloud_config)
-    ecu = f"{SEAT_ECU}:{SEAT_HARDWARE}:{SEAT_UID}"
+    ecu = stage.seat_ecu
     claim = stage.done("fod-cloud", "vehicle", "add", VIN, "--ecu", ecu, *config).data["claim_token"]
     agent = stage.write_agent_config()
     stage.done("fod-agent", "enroll", "--config", agent, "--claim", claim)

@@ -7,7 +7,7 @@ import asyncio
 import re
 import sys
 from collections.abc import Callable, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 from cloud import client, config, server
@@ -82,11 +82,51 @@ def _parser() -> argparse.ArgumentParser:
         ("entitlements", "list a vehicle's rights", client.list_entitlements),
         ("watch", "follow what a vehicle's features report", client.watch),
         ("usage", "list a vehicle's usage", client.list_usage),
-        ("invoice", "show what a vehicle's accounts owe", client.invoice),
     ]
     for name, text, command in reading:
         _command(commands, name, text, command).add_argument("vin", metavar="VIN")
+    _add_payment_commands(commands)
     return parser
+
+
+def _add_payment_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    invoice = _command(commands, "invoice", "show what is to be billed, or close an invoice", client.invoice)
+    invoice.add_argument("whom", metavar="VIN|ACCOUNT", help="an account's covers all its vehicles")
+    invoice.add_argument("--close", action="store_true", help="fix its lines for ever (of an account)")
+    invoice.add_argument(
+        "--period", type=_period, metavar="MONTH|FROM/TO", help="to close, such as 2026-03 (UTC)"
+    )
+
+    invoices = _command(commands, "invoices", "list closed invoices", client.list_invoices)
+    invoices.add_argument("account", nargs="?", default="", metavar="ACCOUNT", help="only of this account")
+    invoices.add_argument("--number", type=int, default=0, metavar="N", help="show the lines of one")
+    invoices.add_argument(
+        "--verify", action="store_true", help="rate each one again from its records, and compare"
+    )
+
+    correct = _command(commands, "correct", "credit or debit something on the next invoice", client.correct)
+    correct.add_argument("number", type=int, metavar="NUMBER", help="of the closed invoice")
+    correct.add_argument(
+        "--minor", type=int, required=True, metavar="N", help="minor units, such as -150 for a credit"
+    )
+    correct.add_argument("--reason", required=True, help="why, for the account and the audit log")
+
+    payment = _command(commands, "payment", "say how a subscription's payment went", client.payment)
+    payment.add_argument("vin", metavar="VIN")
+    payment.add_argument("entitlement", metavar="ENTITLEMENT")
+    payment.add_argument("state", choices=("failed", "paid"))
+
+    top_up = _command(commands, "top-up", "add bought units to a prepaid right", client.top_up)
+    top_up.add_argument("vin", metavar="VIN")
+    top_up.add_argument("entitlement", metavar="ENTITLEMENT")
+    top_up.add_argument("--packs", type=int, default=1, metavar="N", help="how often the plan's units")
+
+    change = _command(commands, "change-plan", "move a right to other terms", client.change_plan)
+    change.add_argument("vin", metavar="VIN")
+    change.add_argument("entitlement", metavar="ENTITLEMENT")
+    change.add_argument("plan", metavar="PLAN", help="its own for the newest version, or another one")
+
+    _command(commands, "renew", "start next periods and end what has run out, now", client.renew)
 
 
 def _add_vehicle_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -99,8 +139,9 @@ def _add_vehicle_commands(commands: argparse._SubParsersAction[argparse.Argument
         type=_ecu,
         action="append",
         default=[],
-        metavar="IDENT:HWID:UIDHEX",
-        help="ECU as built in; may be given several times",
+        metavar="IDENT:HWID:UIDHEX[:KEYHEX]",
+        help="ECU as built in, and the public key with which it signs what it counts, if it has one;"
+        " may be given several times",
     )
     _command(vehicle_commands, "list", "list the vehicles", client.list_vehicles)
 
@@ -117,6 +158,13 @@ def _add_vehicle_commands(commands: argparse._SubParsersAction[argparse.Argument
     rebind.add_argument("ecu", metavar="ECU", help="identifier, such as seat-module")
     rebind.add_argument("old_uid", type=_uid, metavar="OLD_UID", help="of the ECU that was taken out, hex")
     rebind.add_argument("new_uid", type=_uid, metavar="NEW_UID", help="of the ECU that was put in, hex")
+    rebind.add_argument(
+        "--reading-key",
+        type=_key,
+        default=b"",
+        metavar="KEYHEX",
+        help="with which the new ECU signs what it counts",
+    )
     rebind.add_argument("--reason", required=True, help="why, for the audit log")
 
     transfer = vehicle_commands.add_parser("transfer", help="sell a vehicle")
@@ -145,13 +193,17 @@ def _command(
 
 
 def _ecu(text: str) -> operator_service_pb2.Ecu:
-    match = re.fullmatch(r"([^:]+):([^:]+):([0-9a-fA-F]{32})", text)
+    match = re.fullmatch(r"([^:]+):([^:]+):([0-9a-fA-F]{32})(?::([0-9a-fA-F]{64}))?", text)
     if match is None:
         raise argparse.ArgumentTypeError(
-            f"expected IDENT:HWID:UIDHEX, the uid in 32 hex digits; found {text!r}"
+            "expected IDENT:HWID:UIDHEX, the uid in 32 hex digits, and perhaps :KEYHEX, the key in 64;"
+            f" found {text!r}"
         )
     return operator_service_pb2.Ecu(
-        ecu_identifier=match[1], hardware_id=match[2], ecu_uid=bytes.fromhex(match[3])
+        ecu_identifier=match[1],
+        hardware_id=match[2],
+        ecu_uid=bytes.fromhex(match[3]),
+        reading_key=bytes.fromhex(match[4] or ""),
     )
 
 
@@ -165,9 +217,28 @@ def _moment(text: str) -> datetime:
     return moment
 
 
+def _period(text: str) -> tuple[int, int]:
+    """Start and end of a month or an interval, Unix milliseconds."""
+    month = re.fullmatch(r"([0-9]{4})-(0[1-9]|1[0-2])", text)
+    if month is not None:
+        year, number = int(month[1]), int(month[2])
+        start = datetime(year, number, 1, tzinfo=UTC)
+        end = datetime(year + number // 12, number % 12 + 1, 1, tzinfo=UTC)
+    else:
+        first, _, last = text.partition("/")
+        start, end = _moment(first), _moment(last)
+    return int(start.timestamp()) * 1000, int(end.timestamp()) * 1000
+
+
 def _uid(text: str) -> bytes:
     if not re.fullmatch(r"[0-9a-fA-F]{32}", text):
         raise argparse.ArgumentTypeError(f"expected a uid in 32 hex digits; found {text!r}")
+    return bytes.fromhex(text)
+
+
+def _key(text: str) -> bytes:
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", text):
+        raise argparse.ArgumentTypeError(f"expected an Ed25519 public key in 64 hex digits; found {text!r}")
     return bytes.fromhex(text)
 
 

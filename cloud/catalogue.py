@@ -150,6 +150,8 @@ def _release(path: str, content: bytes) -> Release:
     try:
         document = tomli.loads(content.decode())
         feature, ecu, actuator = document["feature"], document["ecu"], document["actuator"]
+        meters = document.get("meters", [])
+        detect_only = feature["enforcement"] == "detect-only"
         release = Release(
             path=path,
             content=content,
@@ -160,7 +162,17 @@ def _release(path: str, content: bytes) -> Release:
             hardware_id=str(ecu["hardware_id"]),
             feature_number=_whole(actuator["feature_number"]) if actuator["kind"] == "token" else 0,
             withdrawn=feature["withdrawn"] is True,
-            meters={str(m["id"]): str(m["kind"]) for m in document.get("meters", [])},
+            meters={str(m["id"]): str(m["kind"]) for m in meters},
+            detect_only=detect_only,
+            by_use=detect_only or feature.get("by_use") is True,
+            reading_meter=str(document.get("reading", {}).get("meter", "")),
+            dimensions={
+                str(m["id"]): {
+                    str(d["name"]): tuple(str(v["value"]) for v in d["values"])
+                    for d in m.get("dimensions", [])
+                }
+                for m in meters
+            },
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StartError(f"{path}: not a feature file: {error!r}") from error
@@ -169,6 +181,10 @@ def _release(path: str, content: bytes) -> Release:
     if release.feature_number == 0 and release.ecu_identifier != HEAD_UNIT:
         raise StartError(
             f"{path}: has no token, so its ECU must be {HEAD_UNIT}, not {release.ecu_identifier}"
+        )
+    if release.by_use and not (release.detect_only or release.reading_meter):
+        raise StartError(
+            f'{path}: by_use: the ECU signs no count of any meter ([reading]); say enforcement "detect-only"'
         )
     return release
 

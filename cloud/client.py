@@ -35,6 +35,8 @@ WAIT_TIMEOUT_S = 600.0
 MAX_RESPONSE_BYTES = 64 * 1_048_576
 """Largest answer."""
 
+_ACCOUNT_PREFIX = "acc-"
+
 Stub = operator_service_pb2_grpc.OperatorServiceStub
 
 _UNITS = {
@@ -154,6 +156,7 @@ def rebind(stub: Stub, arguments: argparse.Namespace) -> int:
         ecu_identifier=arguments.ecu,
         old_uid=arguments.old_uid,
         new_uid=arguments.new_uid,
+        new_reading_key=arguments.reading_key,
         reason=arguments.reason,
         request_id=str(uuid.uuid4()),
     )
@@ -309,7 +312,7 @@ def list_entitlements(stub: Stub, arguments: argparse.Namespace) -> int:
     if arguments.json:
         return _json(answer)
     cli.print_table(
-        ["right", "feature", "plan", "account", "granted", "ended", "on the vehicle"],
+        ["right", "feature", "plan", "account", "granted", "ended", "quota", "on the vehicle"],
         [
             (
                 r.entitlement.entitlement_id,
@@ -317,7 +320,8 @@ def list_entitlements(stub: Stub, arguments: argparse.Namespace) -> int:
                 f"{r.entitlement.plan_id} v{r.entitlement.plan_version}",
                 r.entitlement.account,
                 _time(r.granted_ms),
-                f"{_time(r.revoked_ms)}: {r.revoke_reason}" if r.revoked_ms else "-",
+                _ending(r),
+                _quotas(r),
                 _status(r.feature_status) if r.HasField("feature_status") else "not reported",
             )
             for r in answer.entitlements
@@ -364,45 +368,250 @@ def list_usage(stub: Stub, arguments: argparse.Namespace) -> int:
 
 
 def invoice(stub: Stub, arguments: argparse.Namespace) -> int:
-    """Shows what a vehicle's accounts owe as of now."""
-    answer = stub.PreviewInvoice(pb.PreviewInvoiceRequest(vin=arguments.vin), timeout=CALL_TIMEOUT_S)
+    """Shows what no invoice has billed yet, or closes an account's invoices for a period."""
+    if arguments.close:
+        return _close_invoice(stub, arguments)
+    if arguments.period:
+        return cli.fail("--period goes with --close; a preview shows all that is open", code=cli.EXIT_USAGE)
+    is_account = arguments.whom.startswith(_ACCOUNT_PREFIX)
+    request = pb.PreviewInvoiceRequest(
+        vin="" if is_account else arguments.whom, account=arguments.whom if is_account else ""
+    )
+    answer = stub.PreviewInvoice(request, timeout=CALL_TIMEOUT_S)
     if arguments.json:
         return _json(answer)
     for found in answer.invoices:
         print(f"Invoice preview for {found.account}, as of {_time(found.rated_ms)}")
+        _show_lines(found)
+    if not answer.invoices:
+        print("nothing to bill that no closed invoice has")
+    _explain_lines()
+    return cli.EXIT_DONE
+
+
+def _close_invoice(stub: Stub, arguments: argparse.Namespace) -> int:
+    if not arguments.whom.startswith(_ACCOUNT_PREFIX):
+        return cli.fail("an invoice is closed for an account, such as acc-4711", code=cli.EXIT_USAGE)
+    if not arguments.period:
+        return cli.fail("--close needs --period, such as 2026-03", code=cli.EXIT_USAGE)
+    start_ms, end_ms = arguments.period
+    request = pb.CloseInvoiceRequest(
+        account=arguments.whom,
+        period_start_ms=start_ms,
+        period_end_ms=end_ms,
+        request_id=str(uuid.uuid4()),
+    )
+    answer = stub.CloseInvoice(request, timeout=CALL_TIMEOUT_S)
+    if arguments.json:
+        return _dump([_plain_closed(closed) for closed in answer.invoices])
+    for closed in answer.invoices:
+        _show_closed(closed)
+    if not answer.invoices:
+        print("nothing to bill: no invoice was made")
+    _explain_lines()
+    return cli.EXIT_DONE
+
+
+def list_invoices(stub: Stub, arguments: argparse.Namespace) -> int:
+    """Lists closed invoices; with --number shows one, with --verify rates each one again."""
+    found = list(_invoices(stub, arguments.account, rate_again=arguments.verify))
+    if arguments.number:
+        found = [c for c in found if pb.Invoice.FromString(c.content).number == arguments.number]
+        if not found:
+            return cli.fail(f"no closed invoice has number {arguments.number}")
+    wrong = [
+        f"invoice {pb.Invoice.FromString(closed.content).number}: its records give other lines now than when"
+        " it was closed"
+        for closed in found
+        if arguments.verify and not closed.rated_again
+    ]
+    if arguments.json:
+        _dump([_plain_closed(closed) for closed in found])
+    elif arguments.number:
+        _show_closed(found[0])
+        _explain_lines()
+    else:
         cli.print_table(
-            ["what", "quantity", "price", "amount", "declared gap"],
+            ["number", "account", "from", "to", "total", "lines", "closed", "SHA-256"],
             [
                 (
-                    line.description,
-                    _quantity(line.quantity, line.unit),
-                    money(line.price_minor, found.currency)
-                    + (f" per {_quantity(line.per_units, line.unit)}" if line.meter_id else ""),
-                    money(line.amount_minor, found.currency),
-                    _gap(line.declared_gap, line.unit, unbounded=False) if line.meter_id else "-",
+                    invoice.number,
+                    invoice.account,
+                    _time(invoice.period_start_ms),
+                    _time(invoice.period_end_ms),
+                    money(invoice.total_minor, invoice.currency),
+                    len(invoice.lines),
+                    _time(closed.closed_ms),
+                    closed.sha256.hex(),
                 )
-                for line in found.lines
+                for closed in found
+                for invoice in [pb.Invoice.FromString(closed.content)]
             ],
         )
-        print(f"Total: {money(found.total_minor, found.currency)}")
-    if not answer.invoices:
-        print("nothing to bill: the vehicle never had a right")
+    if wrong:
+        return cli.fail("; ".join(wrong))
+    if arguments.verify and not arguments.json:
+        print(f"{len(found)} rated again from their records: the same bytes")
+    return cli.EXIT_DONE
+
+
+def correct(stub: Stub, arguments: argparse.Namespace) -> int:
+    """Adds a credit or a debit to the next invoice of a closed one's account."""
+    request = pb.CreateCorrectionRequest(
+        invoice_number=arguments.number,
+        amount_minor=arguments.minor,
+        reason=arguments.reason,
+        request_id=str(uuid.uuid4()),
+    )
+    answer = stub.CreateCorrection(request, timeout=CALL_TIMEOUT_S)
+    if arguments.json:
+        return _json(answer)
+    what = "credit" if arguments.minor < 0 else "debit"
+    print(
+        f"{what} of {money(abs(arguments.minor), answer.currency)} for invoice {arguments.number}; "
+        f"it is a line of the next invoice of {answer.account}"
+    )
+    return cli.EXIT_DONE
+
+
+def payment(stub: Stub, arguments: argparse.Namespace) -> int:
+    """Says that a payment failed or was made."""
+    states = {"failed": pb.PAYMENT_STATE_FAILED, "paid": pb.PAYMENT_STATE_PAID}
+    request = pb.ReportPaymentRequest(
+        vin=arguments.vin,
+        entitlement_id=arguments.entitlement,
+        state=states[arguments.state],
+        request_id=str(uuid.uuid4()),
+    )
+    answer = stub.ReportPayment(request, timeout=CALL_TIMEOUT_S)
+    if arguments.json:
+        return _json(answer)
+    right = answer.entitlement
+    ends = _time(right.entitlement.validity.not_after_s * 1000)
+    if right.revoked_ms:
+        print(f"{arguments.entitlement} has ended: {right.revoke_reason}")
+    elif right.payment_failed_ms:
+        print(f"{arguments.entitlement} ends at {ends} unless it is paid; version {answer.version}")
+    else:
+        print(f"{arguments.entitlement} is paid and goes on to {ends}; version {answer.version}")
+    return cli.EXIT_DONE
+
+
+def top_up(stub: Stub, arguments: argparse.Namespace) -> int:
+    """Adds bought units to a prepaid right."""
+    request = pb.TopUpEntitlementRequest(
+        vin=arguments.vin,
+        entitlement_id=arguments.entitlement,
+        packs=arguments.packs,
+        request_id=str(uuid.uuid4()),
+    )
+    answer = stub.TopUpEntitlement(request, timeout=CALL_TIMEOUT_S)
+    if arguments.json:
+        return _json(answer)
+    (quota,) = answer.entitlement.entitlement.quotas
+    print(f"{arguments.entitlement}: {quota.limit} of {quota.meter_id} bought; version {answer.version}")
+    return cli.EXIT_DONE
+
+
+def change_plan(stub: Stub, arguments: argparse.Namespace) -> int:
+    """Moves a right to other terms from its next period on."""
+    request = pb.ChangePlanRequest(
+        vin=arguments.vin,
+        entitlement_id=arguments.entitlement,
+        plan_id=arguments.plan,
+        request_id=str(uuid.uuid4()),
+    )
+    answer = stub.ChangePlan(request, timeout=CALL_TIMEOUT_S)
+    if arguments.json:
+        return _json(answer)
+    print(
+        f"{arguments.entitlement} has {arguments.plan} version {answer.plan_version} "
+        f"from {_time(answer.from_ms)}"
+    )
+    return cli.EXIT_DONE
+
+
+def renew(stub: Stub, arguments: argparse.Namespace) -> int:
+    """Starts next periods and ends what has run out, now."""
+    answer = stub.RunRenewals(pb.RunRenewalsRequest(), timeout=WAIT_TIMEOUT_S)
+    if arguments.json:
+        return _json(answer)
+    print(f"{answer.vehicles} vehicles got a new set of rights")
+    return cli.EXIT_DONE
+
+
+def _show_closed(closed: pb.ClosedInvoice) -> None:
+    found = pb.Invoice.FromString(closed.content)
+    print(
+        f"Invoice {found.number} for {found.account}, {_time(found.period_start_ms)} to "
+        f"{_time(found.period_end_ms)}, closed {_time(closed.closed_ms)}"
+    )
+    _show_lines(found)
+    print(f"SHA-256: {closed.sha256.hex()}")
+
+
+def _show_lines(found: pb.Invoice) -> None:
+    plans: dict[str, set[str]] = {}
+    for line in found.lines:
+        plans.setdefault(line.entitlement_id, set()).add(_plan(line))
+    cli.print_table(
+        ["what", "quantity", "price", "amount", "declared gap"],
+        [
+            (
+                line.description + (f" [{_plan(line)}]" if len(plans[line.entitlement_id]) > 1 else ""),
+                _quantity(line.quantity, line.unit),
+                money(line.price_minor, found.currency)
+                + (f" per {_quantity(line.per_units, line.unit)}" if line.meter_id else ""),
+                money(line.amount_minor, found.currency),
+                _gap(line.declared_gap, line.unit, unbounded=False) if line.meter_id else "-",
+            )
+            for line in found.lines
+        ],
+    )
+    print(f"Total: {money(found.total_minor, found.currency)}")
+
+
+def _plan(line: pb.InvoiceLine) -> str:
+    return f"{line.plan_id} version {line.plan_version}"
+
+
+def _explain_lines() -> None:
     print("Each line is quantity times price, rounded once, half up, to the smallest unit of the currency.")
     print("A declared gap could not be metered, and is not billed.")
     print("A right's fixed price is due at the start of each of its periods.")
-    return cli.EXIT_DONE
+
+
+def _ending(record: pb.EntitlementRecord) -> str:
+    if record.revoked_ms:
+        return f"{_time(record.revoked_ms)}: {record.revoke_reason}"
+    if record.payment_failed_ms:
+        return f"a payment failed; unpaid, at {_time(record.entitlement.validity.not_after_s * 1000)}"
+    return "-"
+
+
+def _quotas(record: pb.EntitlementRecord) -> str:
+    parts = [
+        f"{use.used} of {use.limit} {use.meter_id} used" + ("" if use.hard else " (more is billed)")
+        for use in record.quota_uses
+    ]
+    return ", ".join(parts) or "-"
+
+
+def _plain_closed(closed: pb.ClosedInvoice) -> dict[str, object]:
+    """A closed invoice with its lines, beside the bytes that count."""
+    return {**_plain(closed), "invoice": _plain(pb.Invoice.FromString(closed.content))}
 
 
 # --- words for people ------------------------------------------------------------
 
 
 def money(minor: int, currency: str) -> str:
-    """An amount in words for people: 499 EUR minor units are "EUR 4.99"."""
+    """An amount in words for people: 499 EUR minor units are "EUR 4.99", a credit "EUR -4.99"."""
     decimals = _DECIMALS.get(currency, 2)
     if decimals == 0:
         return f"{currency} {minor}"
-    whole, rest = divmod(minor, 10**decimals)
-    return f"{currency} {whole}.{rest:0{decimals}d}"
+    whole, rest = divmod(abs(minor), 10**decimals)
+    return f"{currency} {'-' if minor < 0 else ''}{whole}.{rest:0{decimals}d}"
 
 
 # ISO 4217: currencies whose minor unit is not a hundredth.
@@ -450,6 +659,17 @@ def _audit(stub: Stub, vin: str, *, alarms_only: bool) -> Iterable[pb.AuditEntry
         request = pb.ListAuditRequest(vin=vin, alarms_only=alarms_only, page_token=token)
         page = stub.ListAudit(request, timeout=CALL_TIMEOUT_S)
         yield from page.entries
+        token = page.next_page_token
+        if not token:
+            return
+
+
+def _invoices(stub: Stub, account: str, *, rate_again: bool) -> Iterable[pb.ClosedInvoice]:
+    token = ""
+    while True:
+        request = pb.ListInvoicesRequest(account=account, page_token=token, rate_again=rate_again)
+        page = stub.ListInvoices(request, timeout=WAIT_TIMEOUT_S if rate_again else CALL_TIMEOUT_S)
+        yield from page.invoices
         token = page.next_page_token
         if not token:
             return

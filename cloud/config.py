@@ -117,6 +117,13 @@ class Signer:
 
 
 @dataclass(frozen=True)
+class Renewal:
+    """Table [renewal]: how often the server looks for rights to renew or to end."""
+
+    interval_s: int = option(default=300, minimum=1, maximum=86_400)
+
+
+@dataclass(frozen=True)
 class TlsAnchor:
     """A table [[tls.anchors]]: a server's certificate and its validity, which the director signs."""
 
@@ -179,6 +186,7 @@ class _File:
     ownership: Ownership = field(default_factory=Ownership)
     restore: Restore = field(default_factory=Restore)
     signer: Signer = field(default_factory=Signer)
+    renewal: Renewal = field(default_factory=Renewal)
     tls: Tls = field(default_factory=Tls)
     log: Log = field(default_factory=Log)
 
@@ -248,6 +256,10 @@ def moment_ms(text: str) -> int:
 
 
 def _missing(key: str, path: Path) -> Iterator[tuple[str, str]]:
-    if not path.exists():
+    try:
+        found = path.exists()
+    except OSError:  # such as a name that is too long
+        found = False
+    if not found:
         tls = "; TLS cannot be switched off" if key.startswith("server.") else ""
         yield key, f"no such file: {path}{tls}"

@@ -109,6 +109,10 @@ class ChainError(UsageError):
     """Records that do not continue the stored journal: a hole, a fork or a change."""
 
 
+class ReadingError(CloudError):
+    """A reading that the feature's ECU cannot have signed, or not so; the usage that brought it is taken."""
+
+
 class ForkError(ChainError):
     """Two histories of one journal: the same seq with another hash."""
 

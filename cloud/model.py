@@ -5,7 +5,8 @@ Pure: no I/O, no clock, no randomness. Times in `_ms` are Unix milliseconds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 VIN_PATTERN = r"[A-HJ-NPR-Z0-9]{17}"
 """ISO 3779:2009: 17 characters without I, O and Q."""
@@ -21,11 +22,14 @@ class Ecu:
 
     Args:
         uid: 16 bytes, to which its tokens are bound.
+        reading_key: Ed25519 public key with which it signs what it counts, 32 bytes; empty if it
+            signs nothing.
     """
 
     identifier: str
     hardware_id: str
     uid: bytes
+    reading_key: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,10 @@ class Release:
         feature_number: number in a token; 0 if the ECU verifies none.
         meters: meter id -> kind: "duration", "distance", "energy" or "count".
         withdrawn: no new grants; existing rights go on.
+        detect_only: no ECU enforces it, which its signed file admits.
+        by_use: it may be sold by use, pay-per-use or prepaid.
+        dimensions: meter id -> name -> values.
+        reading_meter: the meter that the ECU's own counter is compared with; empty if it signs none.
     """
 
     path: str
@@ -50,6 +58,10 @@ class Release:
     feature_number: int
     withdrawn: bool
     meters: dict[str, str]
+    detect_only: bool = False
+    by_use: bool = False
+    dimensions: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+    reading_meter: str = ""
 
 
 @dataclass(frozen=True, slots=True)

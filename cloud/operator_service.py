@@ -3,8 +3,8 @@
 Every call needs an operator's certificate and a role that may make it; every
 writing call is written to the audit log with the name in it, in the
 transaction that it changes, and so is each one that was refused.
-Reading calls show what the present owner of a vehicle has and used; only an
-invoice preview, which is per account, covers the owners before too.
+Reading calls show what the present owner of a vehicle has and used; only
+invoices, which are per account, cover the owners before too.
 """
 
 from __future__ import annotations
@@ -14,31 +14,36 @@ import functools
 import hashlib
 import re
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import TypeVar
 
 from google.protobuf.message import Message
 
-from cloud import config, enrolment, identity, invoice, transfer
+from cloud import config, enrolment, identity, invoice, rating, transfer
 from cloud.catalogue import Catalogue
 from cloud.changes import Changes, Topic
 from cloud.errors import (
     ExistsError,
     ForbiddenError,
     InvalidRequestError,
+    NotFoundError,
     RequestError,
     SignerLimitError,
     TransferCodeError,
 )
 from cloud.model import HEAD_UNIT, IDENTIFIER_PATTERN, VIN_PATTERN, Ecu
+from cloud.plans import MAX_PRICE_MINOR
+from cloud.rating import Span
+from cloud.renewal import Renewals
 from cloud.rights import Rights, known_vehicle
 from cloud.store import (
     AuditRow,
     EntitlementRow,
+    InvoiceRow,
+    OpenUsageRow,
     RequestRow,
     Store,
     Transaction,
-    UsageRow,
     VehicleRow,
 )
 from cloud.vehicle_service import VehicleService
@@ -53,14 +58,26 @@ MAX_ECUS = 64
 """Most ECUs of one vehicle."""
 UID_BYTES = 16
 """Length of an ECU's unique identifier."""
+READING_KEY_BYTES = 32
+"""Length of the Ed25519 public key with which an ECU signs what it counts."""
 MAX_REASON = 256
 """Longest reason, characters."""
 MAX_PAGE = 1_000
 """Most usage records or audit entries in one answer."""
+MAX_PACKS = 1_000
+"""Most purchases in one request."""
 MAX_ROLE = 64
 """Longest piece of an unknown role that the audit log repeats, characters."""
 READING_CALLS = frozenset(
-    {"ListVehicles", "ListEntitlements", "ListUsage", "PreviewInvoice", "ListAudit", "WatchFeatures"}
+    {
+        "ListVehicles",
+        "ListEntitlements",
+        "ListUsage",
+        "PreviewInvoice",
+        "ListInvoices",
+        "ListAudit",
+        "WatchFeatures",
+    }
 )
 """Calls that change nothing; of those, only the ones beyond the caller's role are audited."""
 
@@ -68,7 +85,7 @@ _ACCOUNT = r"acc-[0-9a-z-]{1,40}"
 _ENTITLEMENT = r"ent-[0-9a-f]{16}"
 _TRACE = r"([0-9a-f]{32})?"
 _PAGE = r"([0-9a-f]{16}/[0-9]{1,16})?"
-_AUDIT_PAGE = r"([0-9]{1,18})?"
+_NUMBER_PAGE = r"([0-9]{1,18})?"
 
 _log = log.get(__name__)
 _Request = TypeVar("_Request", bound=Message)
@@ -81,6 +98,11 @@ _Writing = TypeVar(
     pb.BeginTransferRequest,
     pb.CompleteTransferRequest,
     pb.ConfirmRestoreRequest,
+    pb.CloseInvoiceRequest,
+    pb.CreateCorrectionRequest,
+    pb.ReportPaymentRequest,
+    pb.TopUpEntitlementRequest,
+    pb.ChangePlanRequest,
 )
 
 _Handler = Callable[["OperatorService", _Request, identity.Operator], Awaitable[_Response]]
@@ -115,6 +137,7 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
         catalogue: Catalogue,
         changes: Changes,
         vehicles: VehicleService,
+        renewals: Renewals,
         *,
         claim_ttl_s: int,
         ownership: config.Ownership,
@@ -123,7 +146,7 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
         random: Callable[[int], bytes],
     ) -> None:
         self._store, self._rights, self._catalogue = store, rights, catalogue
-        self._changes, self._vehicles = changes, vehicles
+        self._changes, self._vehicles, self._renewals = changes, vehicles, renewals
         self._claim_ttl_s, self._ownership = claim_ttl_s, ownership
         self._restore_window_ms = restore_window_ms
         self._now_ms, self._random = now_ms, random
@@ -357,6 +380,7 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
         vin = _vin(request.vin)
         _match("ecu_identifier", request.ecu_identifier, IDENTIFIER_PATTERN)
         old_uid, new_uid = _uid("old_uid", request.old_uid), _uid("new_uid", request.new_uid)
+        reading_key = _reading_key("new_reading_key", request.new_reading_key)
         if old_uid == new_uid:
             raise InvalidRequestError("new_uid", expected="another uid than old_uid", found=new_uid.hex())
         _reason(request.reason)
@@ -371,6 +395,7 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
                 new_uid,
                 per_year=self._ownership.rebinds_per_year,
                 now_ms=now_ms,
+                reading_key=reading_key,
             )
             tx.audit(
                 operator.actor,
@@ -529,6 +554,185 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
         _log.warning("restore confirmed", operator=operator.name, reason=request.reason)
         return response
 
+    @_operator_call
+    async def CloseInvoice(  # noqa: N802 (named by the contract)
+        self, request: pb.CloseInvoiceRequest, operator: identity.Operator
+    ) -> pb.CloseInvoiceResponse:
+        """Closes the invoices of an account for a period: their lines are fixed for ever."""
+        account = _match("account", request.account, _ACCOUNT)
+        period = Span(request.period_start_ms, request.period_end_ms)
+        if not 0 <= period.start_ms < period.end_ms:
+            raise InvalidRequestError(
+                "period_end_ms", expected=f"more than period_start_ms {period.start_ms}", found=period.end_ms
+            )
+        now_ms = self._now_ms()
+
+        def change(tx: Transaction) -> pb.CloseInvoiceResponse:
+            rows = invoice.close(tx, self._catalogue, account, period, now_ms)
+            tx.audit(
+                operator.actor,
+                "close-invoice",
+                "",
+                now_ms,
+                request_id=request.request_id,
+                account=account,
+                period_start_ms=period.start_ms,
+                period_end_ms=period.end_ms,
+                invoices={row.number: row.sha256.hex() for row in rows},
+            )
+            return pb.CloseInvoiceResponse(invoices=[_closed(row) for row in rows])
+
+        response, _ = await self._once(operator, request, pb.CloseInvoiceResponse, change, now_ms)
+        _log.info("invoices closed", account=account, count=len(response.invoices), operator=operator.name)
+        return response
+
+    @_operator_call
+    async def CreateCorrection(  # noqa: N802 (named by the contract)
+        self, request: pb.CreateCorrectionRequest, operator: identity.Operator
+    ) -> pb.CreateCorrectionResponse:
+        """Adds a credit or a debit to the next invoice of an account; the closed one stays as it is."""
+        _reason(request.reason)
+        found = request.amount_minor
+        if not 1 <= abs(found) <= MAX_PRICE_MINOR:
+            raise InvalidRequestError(
+                "amount_minor", expected=f"-{MAX_PRICE_MINOR} to {MAX_PRICE_MINOR}, not 0", found=found
+            )
+        now_ms = self._now_ms()
+
+        def change(tx: Transaction) -> pb.CreateCorrectionResponse:
+            row = tx.invoice(request.invoice_number)
+            if row is None:
+                raise NotFoundError(f"no closed invoice has number {request.invoice_number}")
+            tx.add_correction(row, request.amount_minor, request.reason, now_ms)
+            tx.audit(
+                operator.actor,
+                "correct-invoice",
+                "",
+                now_ms,
+                request_id=request.request_id,
+                invoice_number=row.number,
+                account=row.account,
+                currency=row.currency,
+                amount_minor=request.amount_minor,
+                reason=request.reason,
+            )
+            return pb.CreateCorrectionResponse(account=row.account, currency=row.currency)
+
+        response, _ = await self._once(operator, request, pb.CreateCorrectionResponse, change, now_ms)
+        _log.info("correction made", invoice=request.invoice_number, operator=operator.name)
+        return response
+
+    @_operator_call
+    async def ReportPayment(  # noqa: N802 (named by the contract)
+        self, request: pb.ReportPaymentRequest, operator: identity.Operator
+    ) -> pb.ReportPaymentResponse:
+        """Says that a payment for a subscription failed or was made."""
+        vin = _vin(request.vin)
+        _match("entitlement_id", request.entitlement_id, _ENTITLEMENT)
+        if request.state not in (pb.PAYMENT_STATE_FAILED, pb.PAYMENT_STATE_PAID):
+            raise InvalidRequestError("state", expected="failed or paid", found=request.state)
+        paid = request.state == pb.PAYMENT_STATE_PAID
+        now_ms = self._now_ms()
+
+        def change(tx: Transaction) -> pb.ReportPaymentResponse:
+            version = self._rights.payment(tx, vin, request.entitlement_id, paid=paid, now_ms=now_ms)
+            tx.audit(
+                operator.actor,
+                "payment-made" if paid else "payment-failed",
+                vin,
+                now_ms,
+                request_id=request.request_id,
+                entitlement_id=request.entitlement_id,
+            )
+            return pb.ReportPaymentResponse(
+                entitlement=self._one_record(tx, vin, request.entitlement_id), version=version
+            )
+
+        response, _ = await self._once(operator, request, pb.ReportPaymentResponse, change, now_ms)
+        self._changes.notify(Topic.RIGHTS, vin)
+        _log.info(
+            "payment reported",
+            vin=vin,
+            entitlement_id=request.entitlement_id,
+            paid=paid,
+            operator=operator.name,
+        )
+        return response
+
+    @_operator_call
+    async def TopUpEntitlement(  # noqa: N802 (named by the contract)
+        self, request: pb.TopUpEntitlementRequest, operator: identity.Operator
+    ) -> pb.TopUpEntitlementResponse:
+        """Adds bought units to a prepaid right."""
+        vin = _vin(request.vin)
+        _match("entitlement_id", request.entitlement_id, _ENTITLEMENT)
+        if not 1 <= request.packs <= MAX_PACKS:
+            raise InvalidRequestError("packs", expected=f"1 to {MAX_PACKS}", found=request.packs)
+        now_ms = self._now_ms()
+
+        def change(tx: Transaction) -> pb.TopUpEntitlementResponse:
+            version = self._rights.top_up(tx, vin, request.entitlement_id, request.packs, now_ms)
+            tx.audit(
+                operator.actor,
+                "top-up",
+                vin,
+                now_ms,
+                request_id=request.request_id,
+                entitlement_id=request.entitlement_id,
+                packs=request.packs,
+            )
+            return pb.TopUpEntitlementResponse(
+                entitlement=self._one_record(tx, vin, request.entitlement_id), version=version
+            )
+
+        response, _ = await self._once(operator, request, pb.TopUpEntitlementResponse, change, now_ms)
+        self._changes.notify(Topic.RIGHTS, vin)
+        _log.info("units bought", vin=vin, entitlement_id=request.entitlement_id, packs=request.packs)
+        return response
+
+    @_operator_call
+    async def ChangePlan(  # noqa: N802 (named by the contract)
+        self, request: pb.ChangePlanRequest, operator: identity.Operator
+    ) -> pb.ChangePlanResponse:
+        """Moves a right to other terms, from its next period on."""
+        vin = _vin(request.vin)
+        _match("entitlement_id", request.entitlement_id, _ENTITLEMENT)
+        _match("plan_id", request.plan_id, IDENTIFIER_PATTERN)
+        now_ms = self._now_ms()
+
+        def change(tx: Transaction) -> pb.ChangePlanResponse:
+            right, plan_id = request.entitlement_id, request.plan_id
+            from_ms, plan = self._rights.change_plan(tx, vin, right, plan_id, now_ms)
+            tx.audit(
+                operator.actor,
+                "change-plan",
+                vin,
+                now_ms,
+                request_id=request.request_id,
+                entitlement_id=right,
+                plan_id=plan.id,
+                plan_version=plan.version,
+                from_ms=from_ms,
+            )
+            return pb.ChangePlanResponse(
+                entitlement=self._one_record(tx, vin, right), from_ms=from_ms, plan_version=plan.version
+            )
+
+        response, _ = await self._once(operator, request, pb.ChangePlanResponse, change, now_ms)
+        self._changes.notify(Topic.RIGHTS, vin)
+        _log.info("plan changed", vin=vin, entitlement_id=request.entitlement_id, plan=request.plan_id)
+        return response
+
+    @_operator_call
+    async def RunRenewals(  # noqa: N802 (named by the contract)
+        self, _request: pb.RunRenewalsRequest, operator: identity.Operator
+    ) -> pb.RunRenewalsResponse:
+        """Starts next periods and ends what has run out, now."""
+        vehicles = await self._renewals.run_due()
+        now_ms = self._now_ms()
+        await self._store.run(lambda tx: tx.audit(operator.actor, "renew", "", now_ms, vehicles=vehicles))
+        return pb.RunRenewalsResponse(vehicles=vehicles)
+
     # --- reading ----------------------------------------------------------
 
     @_operator_call
@@ -537,7 +741,7 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
     ) -> pb.ListAuditResponse:
         """Lists the audit log, of one vehicle or of all, the newest entry last."""
         vin = _vin(request.vin) if request.vin else ""
-        _match("page_token", request.page_token, _AUDIT_PAGE)
+        _match("page_token", request.page_token, _NUMBER_PAGE)
         size = _page_size(request.page_size)
 
         def work(tx: Transaction) -> list[AuditRow]:
@@ -579,16 +783,21 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
         """Lists the rights of a vehicle's present owner, ended ones included."""
         vin = _vin(request.vin)
 
-        def work(tx: Transaction) -> pb.ListEntitlementsResponse:
+        def work(tx: Transaction) -> tuple[pb.ListEntitlementsResponse, list[OpenUsageRow]]:
             owner_epoch = known_vehicle(tx, vin).owner_epoch
             status, signed = tx.status(vin), tx.vehicle_set(vin)
             mine = [row for row in tx.entitlements(vin) if row.owner_epoch == owner_epoch]
-            return pb.ListEntitlementsResponse(
+            response = pb.ListEntitlementsResponse(
                 entitlements=[_record(row, status) for row in mine],
                 version=signed.version if signed else 0,
             )
+            counts = any(record.entitlement.quotas for record in response.entitlements)
+            return response, tx.stored_usage(known_vehicle(tx, vin).source) if counts else []
 
-        return await self._store.run(work)
+        response, usage = await self._store.run(work)
+        # Long usage takes seconds to read, for which no other vehicle should wait.
+        await asyncio.to_thread(_add_quota_uses, response.entitlements, usage, self._now_ms())
+        return response
 
     async def WatchFeatures(  # noqa: N802 (named by the contract)
         self, request: pb.WatchFeaturesRequest, context: identity.Context
@@ -648,25 +857,61 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
     async def PreviewInvoice(  # noqa: N802 (named by the contract)
         self, request: pb.PreviewInvoiceRequest, _operator: identity.Operator
     ) -> pb.PreviewInvoiceResponse:
-        """Rates the usage of a vehicle as of now, for each account that ever had a right to it."""
-        vin = _vin(request.vin)
+        """Rates what no invoice has billed yet: of a vehicle for each of its accounts, or of an account."""
+        if bool(request.vin) == bool(request.account):
+            raise InvalidRequestError("vin", expected="a vehicle or an account, not both", found=request.vin)
+        vin = _vin(request.vin) if request.vin else ""
+        account = _match("account", request.account, _ACCOUNT) if request.account else ""
         now_ms = self._now_ms()
 
-        def work(tx: Transaction) -> tuple[list[EntitlementRow], list[UsageRow]]:
-            return tx.entitlements(vin), tx.usage(known_vehicle(tx, vin).source)
+        def work(tx: Transaction) -> list[invoice.Account]:
+            if account:
+                return [invoice.of_account(tx, self._catalogue, account)]
+            return invoice.of_vehicle(tx, self._catalogue, vin, known_vehicle(tx, vin).source)
 
-        rows, usage = await self._store.run(work)
+        accounts = await self._store.run(work)
         # Long usage takes seconds to rate, for which no other vehicle should wait.
-        return await asyncio.to_thread(invoice.preview, self._catalogue, rows, usage, now_ms)
+        return await asyncio.to_thread(invoice.preview, accounts, now_ms)
+
+    @_operator_call
+    async def ListInvoices(  # noqa: N802 (named by the contract)
+        self, request: pb.ListInvoicesRequest, _operator: identity.Operator
+    ) -> pb.ListInvoicesResponse:
+        """Lists closed invoices, by number."""
+        account = _match("account", request.account, _ACCOUNT) if request.account else ""
+        _match("page_token", request.page_token, _NUMBER_PAGE)
+        size = _page_size(request.page_size)
+
+        def work(tx: Transaction) -> pb.ListInvoicesResponse:
+            rows = tx.invoices(account, after=int(request.page_token or 0), limit=size + 1)
+            page = rows[:size]
+            listed = [_closed(row) for row in page]
+            if request.rate_again:
+                for row, closed in zip(page, listed, strict=True):
+                    closed.rated_again = invoice.rated_again(tx, self._catalogue, row) == row.content
+            return pb.ListInvoicesResponse(
+                invoices=listed, next_page_token=str(page[-1].number) if len(rows) > size else ""
+            )
+
+        return await self._store.run(work)
 
     # ----------------------------------------------------------------------
+
+    def _one_record(self, tx: Transaction, vin: str, entitlement_id: str) -> pb.EntitlementRecord:
+        row = next(r for r in tx.entitlements(vin) if r.entitlement_id == entitlement_id)
+        return _record(row, tx.status(vin))
 
     def _vehicle(self, tx: Transaction, row: VehicleRow) -> pb.Vehicle:
         return pb.Vehicle(
             vin=row.vin,
             source=row.source,
             ecus=[
-                pb.Ecu(ecu_identifier=e.identifier, hardware_id=e.hardware_id, ecu_uid=e.uid)
+                pb.Ecu(
+                    ecu_identifier=e.identifier,
+                    hardware_id=e.hardware_id,
+                    ecu_uid=e.uid,
+                    reading_key=e.reading_key,
+                )
                 for e in tx.ecus(row.vin)
             ],
             enrolled_ms=row.enrolled_ms,
@@ -785,12 +1030,26 @@ def _hash(request: Message) -> bytes:
     return hashlib.sha256(name + b"\x00" + request.SerializeToString(deterministic=True)).digest()
 
 
+def _closed(row: InvoiceRow) -> pb.ClosedInvoice:
+    return pb.ClosedInvoice(content=row.content, sha256=row.sha256, closed_ms=row.closed_ms)
+
+
+def _add_quota_uses(
+    records: Iterable[pb.EntitlementRecord], usage: Sequence[OpenUsageRow], now_ms: int
+) -> None:
+    """Adds how far quotas are used up, by what the vehicle has uploaded."""
+    used = [invoice.used(row) for row in usage]
+    for record in records:
+        record.quota_uses.extend(rating.quota_uses(record.entitlement, used, now_ms))
+
+
 def _record(row: EntitlementRow, status: dict[str, bytes]) -> pb.EntitlementRecord:
     record = pb.EntitlementRecord(
         entitlement=entitlement_pb2.Entitlement.FromString(row.content),
         granted_ms=row.granted_ms,
         revoked_ms=row.revoked_ms,
         revoke_reason=row.revoke_reason,
+        payment_failed_ms=row.payment_failed_ms,
     )
     if row.feature_id in status:
         found = vehicle_service_pb2.FeatureStatus.FromString(status[row.feature_id])
@@ -817,6 +1076,12 @@ def _uid(field: str, uid: bytes) -> bytes:
     return uid
 
 
+def _reading_key(field: str, key: bytes) -> bytes:
+    if len(key) not in {0, READING_KEY_BYTES}:
+        raise InvalidRequestError(field, expected=f"{READING_KEY_BYTES} bytes or none", found=len(key))
+    return key
+
+
 def _page_size(found: int) -> int:
     if not 0 <= found <= MAX_PAGE:
         raise InvalidRequestError("page_size", expected=f"0 to {MAX_PAGE}", found=found)
@@ -840,7 +1105,8 @@ def _ecus(found: Sequence[pb.Ecu]) -> list[Ecu]:
                 f"{where}.ecu_identifier", expected="an ECU; every vehicle has a head unit", found=HEAD_UNIT
             )
         _uid(f"{where}.ecu_uid", ecu.ecu_uid)
-        ecus.append(Ecu(ecu.ecu_identifier, ecu.hardware_id, ecu.ecu_uid))
+        _reading_key(f"{where}.reading_key", ecu.reading_key)
+        ecus.append(Ecu(ecu.ecu_identifier, ecu.hardware_id, ecu.ecu_uid, ecu.reading_key))
     for name in ("identifier", "uid"):
         if len({getattr(ecu, name) for ecu in ecus}) < len(ecus):
             raise InvalidRequestError(

@@ -20,8 +20,16 @@ from cloud.config import Signer
 from cloud.errors import ExistsError, NotFoundError, NotPossibleError, SignerLimitError, StartError
 from cloud.keyring import Keyring, is_signed_by
 from cloud.model import HEAD_UNIT, Counter, Ecu, Release, Reported, Versions
-from cloud.plans import Period, Plan, PlanKind, Resale
-from cloud.store import EntitlementRow, SetRow, TokenRow, Transaction, VehicleRow
+from cloud.plans import BY_USE, Period, Plan, PlanKind, Resale
+from cloud.store import (
+    EntitlementRow,
+    PurchaseRow,
+    SetRow,
+    TermsRow,
+    TokenRow,
+    Transaction,
+    VehicleRow,
+)
 from common import log
 from openfod.entitlement.v1 import entitlement_pb2
 from openfod.vehicle.v1 import vehicle_service_pb2
@@ -35,10 +43,16 @@ YEAR_MS = 365 * 86_400_000
 HOUR_MS = 3_600_000
 SIGNER_ALARM_PERCENT = 80
 """Part of a signer's limit at which the alarm comes."""
+MAX_PERIOD_STARTS = 16
+"""Most periods that a quota names ahead."""
 MAX_JUMP = 1_000_000
 """Most by which one restore moves a version or counter past what this database knows."""
 CATALOGUE_JUMP = 1_000_000
 """By which the catalogue's snapshot and timestamp versions move at a confirmed restore."""
+NEVER_MS = 2**63 - 1
+"""When a right is due that time does not end or change."""
+MAX_UNITS = 10**15
+"""Most units that a prepaid right holds over its life."""
 SOLD = "the vehicle was sold"
 """Why rights end at a sale."""
 
@@ -46,6 +60,8 @@ _KINDS = {kind: entitlement_pb2.PlanKind.Value(f"PLAN_KIND_{kind.name}") for kin
 _RESALES = {resale: entitlement_pb2.Resale.Value(f"RESALE_{resale.name}") for resale in Resale}
 _KEY_FOLDER = "token-keys/"
 _SUBSCRIPTION = _KINDS[PlanKind.SUBSCRIPTION]
+_PREPAID = _KINDS[PlanKind.PREPAID]
+_SOLD_BY_USE = frozenset(_KINDS[kind] for kind in BY_USE)
 _STAYS = _RESALES[Resale.STAYS_WITH_VEHICLE]
 
 _log = log.get(__name__)
@@ -132,6 +148,7 @@ class Rights:
             owner = tx.ecu_owner(ecu.uid)
             if owner is not None:
                 raise ExistsError(f"ECU uid {ecu.uid.hex()} ({ecu.identifier}) is built into vehicle {owner}")
+            _check_reading_key(tx, ecu.uid, ecu.reading_key)
         source = f"veh-{self._random(8).hex()}"
         tx.add_vehicle(vin, source, ecus, now_ms)
         self._publish(tx, vin, now_ms)
@@ -147,6 +164,7 @@ class Rights:
         *,
         per_year: int,
         now_ms: int,
+        reading_key: bytes = b"",
     ) -> Rebound:
         """Binds a vehicle's rights to the ECU that was put in the place of another.
 
@@ -158,11 +176,13 @@ class Rights:
 
         Args:
             per_year: swaps that one vehicle may have within YEAR_MS.
+            reading_key: with which the new ECU signs what it counts, 32 bytes; empty if it signs
+                nothing or its key is registered already.
 
         Raises:
             NotFoundError: no such vehicle, or it has no such ECU.
             NotPossibleError: another ECU is on record, or the quota is used up.
-            ExistsError: the new ECU is built into a vehicle already.
+            ExistsError: the new ECU is built into a vehicle already, or has another reading key.
         """
         known_vehicle(tx, vin)
         old = next((ecu for ecu in tx.ecus(vin) if ecu.identifier == ecu_identifier), None)
@@ -177,13 +197,16 @@ class Rights:
         if owner is not None:
             raise ExistsError(f"ECU uid {new_uid.hex()} is built into vehicle {owner}")
         _check_quota(vin, tx.ecu_swaps(vin, now_ms - YEAR_MS), per_year)
+        _check_reading_key(tx, new_uid, reading_key)
+        if reading_key:
+            tx.put_reading_key(new_uid, reading_key)
         self.refresh(tx, vin, now_ms)  # a right that has run out gets no new token
         signed = [row for row in tx.tokens(vin) if row.ecu_identifier == ecu_identifier]
         burning = [self._burn(tx, vin, old, row) for row in signed]
         # All of them, also of features without a token now: the vehicle remembers them by the ECU's place.
         tx.copy_token_counters(old_uid, new_uid)
         tx.replace_ecu(vin, ecu_identifier, new_uid, now_ms)
-        new = replace(old, uid=new_uid)
+        new = replace(old, uid=new_uid, reading_key=reading_key)
         live = {
             row.feature_id: entitlement_pb2.Entitlement.FromString(row.content)
             for row in tx.entitlements(vin)
@@ -236,6 +259,8 @@ class Rights:
                     )
                 )
                 tx.add_entitlement(kept[-1])
+                for terms in tx.terms([row.entitlement_id]).get(row.entitlement_id, ()):
+                    tx.put_terms(_of_other(terms, right))
             else:
                 self._end(tx, vin, row, SOLD, now_ms)
                 ended.append(replace(row, revoked_ms=now_ms, revoke_reason=SOLD))
@@ -261,11 +286,7 @@ class Rights:
         """
         vehicle = known_vehicle(tx, vin)
         self.refresh(tx, vin, now_ms)  # a right that has run out blocks no new one
-        plan = self._plans.get(plan_id)
-        if plan is None:
-            raise NotFoundError(
-                f"plan {plan_id} is not in the price list; it has {', '.join(sorted(self._plans))}"
-            )
+        plan = self._plan(plan_id)
         rows = tx.entitlements(vin)
         live = [row for row in rows if not row.revoked_ms]
         for row in live:
@@ -275,28 +296,30 @@ class Rights:
                 )
         if len(live) >= MAX_RIGHTS:
             raise NotPossibleError(f"vehicle {vin} has {len(live)} rights, the limit is {MAX_RIGHTS}")
-        kind = _KINDS[plan.kind]
-        if plan.kind is PlanKind.TRIAL and tx.trials(account, plan.feature, kind):
+        if plan.kind is PlanKind.TRIAL and tx.had_trial(account, plan.feature):
             raise NotPossibleError(f"account {account} has had its trial of {plan.feature}")
         ecus = tx.ecus(vin)
         release = self._newest(vin, plan.feature, ecus)
         _count(tx, "new_rights", self._limits.new_rights_per_hour, now_ms)
         right = self._right(plan, account, release, trace_id or self._random(16).hex(), now_ms)
-        tx.add_entitlement(
-            EntitlementRow(
-                right.entitlement_id,
-                vin,
-                plan.feature,
-                account,
-                kind,
-                right.SerializeToString(deterministic=True),
-                granted_ms=now_ms,
-                revoked_ms=0,
-                revoke_reason="",
-                owner_epoch=vehicle.owner_epoch,
-                anchor_ms=now_ms,
-            )
+        if any(_paid_entry(row, account, plan.feature) for row in rows):
+            right.display_terms.entry_minor = 0  # who comes back has paid it
+        row = EntitlementRow(
+            right.entitlement_id,
+            vin,
+            plan.feature,
+            account,
+            _KINDS[plan.kind],
+            content=b"",
+            granted_ms=now_ms,
+            revoked_ms=0,
+            revoke_reason="",
+            owner_epoch=vehicle.owner_epoch,
+            anchor_ms=now_ms,
         )
+        tx.add_entitlement(_with_content(row, right))
+        if plan.kind is PlanKind.TRIAL:
+            tx.add_trial(account, plan.feature)
         self._sign_token(tx, vin, ecus, release, right)
         return Granted(right, self._publish(tx, vin, now_ms))
 
@@ -308,14 +331,182 @@ class Rights:
             NotPossibleError: the right has ended before.
         """
         known_vehicle(tx, vin)
-        row = next((r for r in tx.entitlements(vin) if r.entitlement_id == entitlement_id), None)
-        if row is None:
-            raise NotFoundError(f"vehicle {vin} has no right {entitlement_id}")
-        if row.revoked_ms:
-            raise NotPossibleError(f"right {entitlement_id} has ended before: {row.revoke_reason}")
+        row = _live_right(tx, vin, entitlement_id)
         _count(tx, "revocations", self._limits.revocations_per_hour, now_ms)
         self._end(tx, vin, row, reason, now_ms)
         return self._publish(tx, vin, now_ms)
+
+    def payment(self, tx: Transaction, vin: str, entitlement_id: str, *, paid: bool, now_ms: int) -> int:
+        """Notes how a payment for a subscription went, and returns the version of the set.
+
+        A payment is for the period up to which the right was renewed. One that
+        failed starts the plan's grace, at the begin of that period at the
+        earliest; no further period begins meanwhile. One that was made undoes
+        that. Said twice, it changes nothing.
+
+        Raises:
+            NotFoundError: no such vehicle, or it has no such right.
+            NotPossibleError: the right has ended, or does not renew.
+        """
+        known_vehicle(tx, vin)
+        self.refresh(tx, vin, now_ms)
+        row = _live_right(tx, vin, entitlement_id)
+        right = entitlement_pb2.Entitlement.FromString(row.content)
+        if not _renews(right):
+            raise NotPossibleError(f"right {entitlement_id} does not renew, so it has no payments")
+        if paid and row.payment_failed_ms:
+            right.display_terms.payment_failed = False
+            right.offline_grace_s = _terms_at(row, _terms_rows(tx, row), now_ms).offline_grace_s
+            right.validity.not_after_s = _end_s(right, row.anchor_ms, now_ms)
+            _set_period_starts(right, row.anchor_ms, now_ms)
+            row = replace(row, payment_failed_ms=0)
+        elif not paid and not row.payment_failed_ms:
+            self._keep_terms(tx, row)  # the grace without contact, which ends now, is theirs
+            end_ms = right.validity.not_after_s * 1000
+            # A second before, because the signed end is rounded up to a whole one.
+            period_ms = _period_start_ms(right, row.anchor_ms, end_ms - 1000)
+            begun_s = -(-_period_start_ms(right, row.anchor_ms, now_ms) // 1000)
+            for quota in right.quotas:  # unpaid time gets no new allowance
+                kept = [start for start in quota.period_starts_s if start <= begun_s]
+                del quota.period_starts_s[:]
+                quota.period_starts_s.extend(kept)
+            grace_s = self._payment_grace_s(tx, row)
+            right.validity.not_after_s = -(-max(now_ms, period_ms) // 1000) + grace_s
+            right.display_terms.payment_failed = True
+            right.offline_grace_s = 0
+            row = replace(row, payment_failed_ms=now_ms)
+        else:
+            signed = tx.vehicle_set(vin)
+            assert signed is not None
+            return signed.version
+        tx.set_entitlement(_with_content(row, right, _terms_rows(tx, row)))
+        if self.refresh(tx, vin, now_ms):  # without any grace it ends at once
+            signed = tx.vehicle_set(vin)
+            assert signed is not None
+            return signed.version
+        return self._publish(tx, vin, now_ms)
+
+    def top_up(self, tx: Transaction, vin: str, entitlement_id: str, packs: int, now_ms: int) -> int:
+        """Adds bought units to a prepaid right, at the price of its terms; returns the version of the set.
+
+        Raises:
+            NotFoundError: no such vehicle, or it has no such right.
+            NotPossibleError: the right has ended, is not prepaid, or would hold more than MAX_UNITS.
+        """
+        known_vehicle(tx, vin)
+        row = _live_right(tx, vin, entitlement_id)
+        right = entitlement_pb2.Entitlement.FromString(row.content)
+        if right.plan_kind != _PREPAID:
+            raise NotPossibleError(f"right {entitlement_id} is not prepaid, so nothing can be added to it")
+        _count(tx, "new_rights", self._limits.new_rights_per_hour, now_ms)
+        bought = tx.purchases([entitlement_id]).get(entitlement_id, [])
+        (quota,) = right.quotas
+        terms_rows = _terms_rows(tx, row)
+        terms = _terms_at(row, terms_rows, now_ms)
+        pack = terms.quotas[0].limit
+        if not terms_rows:
+            pack = quota.limit - sum(purchase.units for purchase in bought)
+        if quota.limit + packs * pack > MAX_UNITS:
+            raise NotPossibleError(f"right {entitlement_id} would hold more than {MAX_UNITS} units")
+        for _ in range(packs):
+            price_minor = terms.display_terms.price_minor
+            number = len(bought) + 1
+            bought.append(PurchaseRow(entitlement_id, number, now_ms, pack, price_minor))
+            tx.add_purchase(bought[-1])
+        quota.limit += packs * pack
+        tx.set_entitlement(_with_content(row, right, terms_rows))
+        return self._publish(tx, vin, now_ms)
+
+    def change_plan(
+        self, tx: Transaction, vin: str, entitlement_id: str, plan_id: str, now_ms: int
+    ) -> tuple[int, Plan]:
+        """Moves a right to another plan, or to the newest version of its own.
+
+        The new terms count from the next period on, at once if the right has
+        no periods. The vehicle gets them when they count.
+
+        Returns:
+            since when they count, Unix milliseconds, and the plan.
+
+        Raises:
+            NotFoundError: no such vehicle, right or plan.
+            NotPossibleError: the right has ended, has these terms already, or
+                the plan is of another feature, kind, period or currency.
+        """
+        known_vehicle(tx, vin)
+        self.refresh(tx, vin, now_ms)
+        row = _live_right(tx, vin, entitlement_id)
+        right = entitlement_pb2.Entitlement.FromString(row.content)
+        plan = self._plan(plan_id)
+        for what, has, offered in (
+            ("feature", right.feature_id, plan.feature),
+            ("kind", right.plan_kind, _KINDS[plan.kind]),
+            ("period", right.display_terms.period, plan.period),
+            ("renewal", right.display_terms.renews, plan.renews),
+            ("currency", right.display_terms.currency, plan.currency),
+            ("resale", right.resale, _RESALES[plan.resale]),
+        ):
+            if has != offered:
+                raise NotPossibleError(
+                    f"plan {plan_id} has another {what} than right {entitlement_id}: {offered}, not {has}; "
+                    "end the right and grant the plan"
+                )
+        terms = _terms_rows(tx, row)
+        newest = entitlement_pb2.Entitlement.FromString(terms[-1].content) if terms else right
+        if (newest.plan_id, newest.plan_version) == (plan.id, plan.version):
+            raise NotPossibleError(
+                f"right {entitlement_id} has plan {plan.id} version {plan.version} already"
+            )
+        from_ms = now_ms
+        if right.display_terms.period:
+            from_ms = _end_s(right, row.anchor_ms, now_ms) * 1000
+            from_ms = _period_start_ms(right, row.anchor_ms, from_ms)
+        self._keep_terms(tx, row)
+        changed = self._terms_of(plan, right)
+        content = changed.SerializeToString(deterministic=True)
+        tx.put_terms(TermsRow(entitlement_id, from_ms, content))
+        tx.set_entitlement(_with_content(row, right, _terms_rows(tx, row)))
+        self.refresh(tx, vin, now_ms)
+        return from_ms, plan
+
+    def _plan(self, plan_id: str) -> Plan:
+        plan = self._plans.get(plan_id)
+        if plan is None:
+            raise NotFoundError(
+                f"plan {plan_id} is not in the price list; it has {', '.join(sorted(self._plans))}"
+            )
+        return plan
+
+    def _terms_of(self, plan: Plan, right: entitlement_pb2.Entitlement) -> entitlement_pb2.Entitlement:
+        """A right under the terms of a plan; of a prepaid one the quota is what one purchase buys."""
+        changed = entitlement_pb2.Entitlement()
+        changed.CopyFrom(right)
+        changed.plan_id, changed.plan_version = plan.id, plan.version
+        changed.offline_grace_s = plan.offline_grace_s
+        changed.validity.ignition_cycles, changed.validity.operating_s = (
+            plan.ignition_cycles,
+            plan.operating_s,
+        )
+        entry_minor = right.display_terms.entry_minor
+        changed.display_terms.CopyFrom(_display(plan))
+        changed.display_terms.entry_minor = entry_minor
+        del changed.quotas[:]
+        changed.quotas.extend(_quotas(plan))
+        return changed
+
+    def _keep_terms(self, tx: Transaction, row: EntitlementRow) -> None:
+        """Keeps the terms of the grant beside what follows them."""
+        if not _terms_rows(tx, row):
+            right = entitlement_pb2.Entitlement.FromString(row.content)
+            if right.plan_kind == _PREPAID:
+                bought = tx.purchases([row.entitlement_id]).get(row.entitlement_id, [])
+                right.quotas[0].limit -= sum(purchase.units for purchase in bought)
+            tx.put_terms(TermsRow(row.entitlement_id, 0, right.SerializeToString(deterministic=True)))
+
+    def _payment_grace_s(self, tx: Transaction, row: EntitlementRow) -> int:
+        """How long the right goes on after a payment failed, by the version of its plan."""
+        right = entitlement_pb2.Entitlement.FromString(row.content)
+        return tx.payment_grace_s(right.plan_id, right.plan_version)
 
     def refresh(self, tx: Transaction, vin: str, now_ms: int) -> bool:
         """Starts the next periods, ends what has run out and renews signatures, where due.
@@ -330,19 +521,30 @@ class Rights:
         retired = any(token.signer_id(row.content) != self._token_key_id for row in tx.tokens(vin))
         changed = signed is None or retired or self._is_stale(signed, now_ms)
         ecus = tx.ecus(vin)
-        for row in tx.entitlements(vin):
-            if row.revoked_ms:
-                continue
+        live = [row for row in tx.entitlements(vin) if not row.revoked_ms]
+        changed_terms = tx.terms([row.entitlement_id for row in live])
+        for row in live:
             right = entitlement_pb2.Entitlement.FromString(row.content)
+            terms = changed_terms.get(row.entitlement_id, [])
+            _take_terms(right, _terms_at(row, terms, now_ms), row.anchor_ms, now_ms)
             end_ms = right.validity.not_after_s * 1000
-            renews = right.plan_kind == _SUBSCRIPTION and right.display_terms.renews
+            renews = _renews(right) and not row.payment_failed_ms
             if end_ms and renews and now_ms >= end_ms - RENEW_AHEAD_MS:
                 right.validity.not_after_s = _end_s(right, row.anchor_ms, now_ms + RENEW_AHEAD_MS)
-                tx.set_entitlement(row.entitlement_id, right.SerializeToString(deterministic=True))
-                changed = True
+                _set_period_starts(right, row.anchor_ms, now_ms)
             elif end_ms and not renews and now_ms >= end_ms + right.offline_grace_s * 1000:
-                self._end(tx, vin, row, "its period is over", now_ms)
+                why = (
+                    "a payment failed, and its grace is over"
+                    if row.payment_failed_ms
+                    else "its period is over"
+                )
+                self._end(tx, vin, row, why, now_ms)
                 changed = True
+                continue
+            judged = _with_content(row, right, terms)
+            if judged != row:
+                tx.set_entitlement(judged)
+                changed |= judged.content != row.content
         if changed:
             if retired:
                 self._sign_tokens_again(tx, vin)
@@ -596,7 +798,7 @@ class Rights:
         for plan in self._plans.values():
             known = offered.get((plan.id, plan.version))
             if known is None:
-                tx.add_plan_terms(plan.id, plan.version, plan.terms_sha256)
+                tx.add_plan_terms(plan.id, plan.version, plan.terms_sha256, plan.payment_grace_s)
             elif known != plan.terms_sha256:
                 changed.append(f"{plan.id} version {plan.version}")
         if changed:
@@ -656,18 +858,8 @@ class Rights:
             plan_version=plan.version,
             offline_grace_s=plan.offline_grace_s,
             resale=_RESALES[plan.resale],
-            display_terms=entitlement_pb2.DisplayTerms(
-                price_minor=plan.price_minor,
-                currency=plan.currency,
-                period=plan.period,
-                renews=plan.renews,
-                use_prices=[
-                    entitlement_pb2.UsePrice(
-                        meter_id=p.meter, price_minor=p.price_minor, per_units=p.per_units
-                    )
-                    for p in plan.use_prices
-                ],
-            ),
+            display_terms=_display(plan),
+            quotas=_quotas(plan),
             trace_id=trace_id,
         )
         limits = entitlement_pb2.Validity(ignition_cycles=plan.ignition_cycles, operating_s=plan.operating_s)
@@ -675,6 +867,7 @@ class Rights:
             limits.not_after_s = _end_s(right, now_ms, now_ms)
         if limits.ByteSize():
             right.validity.CopyFrom(limits)
+        _set_period_starts(right, now_ms, now_ms)
         return right
 
     def _sign_token(
@@ -737,9 +930,18 @@ class Rights:
                 self._put_token(tx, vin, ecus[signed.ecu_identifier], row.feature_id, number, None)
 
     def _renew_tokens(self, tx: Transaction, vin: str, ecus: Sequence[Ecu]) -> None:
-        """Starts the ECU's own limits of all live rights anew."""
+        """Starts the ECU's own limits of live rights anew.
+
+        Of what is sold by use only if the ECU has signed what it counted under
+        the present token: nothing else holds an owner who has root.
+        """
+        read = {row.feature_id: row.token_counter for row in tx.readings(vin) if row.is_verified}
+        signed = {row.feature_id: row.counter for row in tx.tokens(vin)}
         for row in tx.entitlements(vin):
             right = entitlement_pb2.Entitlement.FromString(row.content)
+            is_read = read.get(row.feature_id, 0) >= signed.get(row.feature_id, 0)
+            if right.plan_kind in _SOLD_BY_USE and not is_read:
+                continue
             if not row.revoked_ms and (right.validity.ignition_cycles or right.validity.operating_s):
                 self._sign_token(tx, vin, ecus, self._chosen(row, ecus), right)
 
@@ -850,6 +1052,13 @@ def _fits(release: Release, ecus: Sequence[Ecu]) -> bool:
     return any(e.identifier == release.ecu_identifier and e.hardware_id == release.hardware_id for e in ecus)
 
 
+def _check_reading_key(tx: Transaction, uid: bytes, key: bytes) -> None:
+    """An ECU has one key for its life: another one would let somebody else speak for it."""
+    known = tx.reading_key(uid)
+    if key and known is not None and known != key:
+        raise ExistsError(f"ECU uid {uid.hex()} is registered with another reading key; it was not changed")
+
+
 def _check_quota(vin: str, swaps: Sequence[int], per_year: int) -> None:
     """Refuses a swap beyond the quota.
 
@@ -871,11 +1080,139 @@ def _end_s(right: entitlement_pb2.Entitlement, anchor_ms: int, now_ms: int) -> i
     """End of the period in which `now_ms` lies, Unix seconds."""
     period = Period.parse(right.display_terms.period)
     assert period is not None
-    index = 1
-    while period.start_ms(anchor_ms, index) <= now_ms:
-        index += 1
     # Rounded up: a period that ends before its last millisecond would begin anew until that has passed.
-    return -(-period.start_ms(anchor_ms, index) // 1000)
+    return -(-period.start_ms(anchor_ms, period.index_at(anchor_ms, now_ms) + 1) // 1000)
+
+
+def _period_start_ms(right: entitlement_pb2.Entitlement, anchor_ms: int, moment_ms: int) -> int:
+    """Start of the period in which an instant lies, Unix milliseconds."""
+    period = Period.parse(right.display_terms.period)
+    assert period is not None
+    return period.start_ms(anchor_ms, period.index_at(anchor_ms, moment_ms))
+
+
+def _set_period_starts(right: entitlement_pb2.Entitlement, anchor_ms: int, now_ms: int) -> None:
+    """Names the periods that quotas are for: the present one, and those up to the right's end."""
+    period = Period.parse(right.display_terms.period)
+    if period is None or not _renews(right):
+        return
+    first = period.index_at(anchor_ms, now_ms)
+    ahead = (-(-period.start_ms(anchor_ms, first + n) // 1000) for n in range(MAX_PERIOD_STARTS))
+    starts = [start for n, start in enumerate(ahead) if n == 0 or start < right.validity.not_after_s]
+    for quota in right.quotas:
+        del quota.period_starts_s[:]
+        quota.period_starts_s.extend(starts)
+
+
+def _renews(right: entitlement_pb2.Entitlement) -> bool:
+    return right.plan_kind == _SUBSCRIPTION and right.display_terms.renews
+
+
+def _display(plan: Plan) -> entitlement_pb2.DisplayTerms:
+    return entitlement_pb2.DisplayTerms(
+        price_minor=plan.price_minor,
+        currency=plan.currency,
+        period=plan.period,
+        renews=plan.renews,
+        entry_minor=plan.entry_minor,
+        use_prices=[
+            entitlement_pb2.UsePrice(
+                meter_id=p.meter,
+                price_minor=p.price_minor,
+                per_units=p.per_units,
+                dimension=p.dimension,
+                value=p.value,
+                included_units=p.included_units,
+                tiers=[
+                    entitlement_pb2.PriceTier(
+                        above_units=t.above_units, price_minor=t.price_minor, per_units=t.per_units
+                    )
+                    for t in p.tiers
+                ],
+            )
+            for p in plan.use_prices
+        ],
+    )
+
+
+def _quotas(plan: Plan) -> list[entitlement_pb2.Quota]:
+    return [
+        entitlement_pb2.Quota(meter_id=q.meter, limit=q.limit, hard=q.hard, warn_percent=q.warn_percent)
+        for q in plan.quotas
+    ]
+
+
+def _live_right(tx: Transaction, vin: str, entitlement_id: str) -> EntitlementRow:
+    row = next((r for r in tx.entitlements(vin) if r.entitlement_id == entitlement_id), None)
+    if row is None:
+        raise NotFoundError(f"vehicle {vin} has no right {entitlement_id}")
+    if row.revoked_ms:
+        raise NotPossibleError(f"right {entitlement_id} has ended before: {row.revoke_reason}")
+    return row
+
+
+def _paid_entry(row: EntitlementRow, account: str, feature_id: str) -> bool:
+    """Whether a right of the past has cost this account its entry to a feature."""
+    if (row.account, row.feature_id) != (account, feature_id) or row.granted_ms > row.anchor_ms:
+        return False
+    return entitlement_pb2.Entitlement.FromString(row.content).display_terms.entry_minor > 0
+
+
+def _take_terms(
+    right: entitlement_pb2.Entitlement, terms: entitlement_pb2.Entitlement, anchor_ms: int, now_ms: int
+) -> None:
+    """Puts the terms that count by now into a right whose plan was changed; bought units stay."""
+    if (terms.plan_id, terms.plan_version) == (right.plan_id, right.plan_version):
+        return
+    failed = right.display_terms.payment_failed
+    right.plan_id, right.plan_version = terms.plan_id, terms.plan_version
+    right.display_terms.CopyFrom(terms.display_terms)
+    right.display_terms.payment_failed = failed
+    right.offline_grace_s = 0 if failed else terms.offline_grace_s
+    right.validity.ignition_cycles = terms.validity.ignition_cycles
+    right.validity.operating_s = terms.validity.operating_s
+    if not right.validity.ByteSize():
+        right.ClearField("validity")
+    if right.plan_kind != _PREPAID:
+        del right.quotas[:]
+        right.quotas.extend(terms.quotas)
+        _set_period_starts(right, anchor_ms, now_ms)
+
+
+def _terms_rows(tx: Transaction, row: EntitlementRow) -> list[TermsRow]:
+    """Terms of a right whose plan was changed, oldest first; empty if it never was."""
+    return tx.terms([row.entitlement_id]).get(row.entitlement_id, [])
+
+
+def _terms_at(row: EntitlementRow, terms: Sequence[TermsRow], now_ms: int) -> entitlement_pb2.Entitlement:
+    """The terms that count at an instant."""
+    begun = [found for found in terms if found.from_ms <= now_ms]
+    return entitlement_pb2.Entitlement.FromString(begun[-1].content if begun else row.content)
+
+
+def _with_content(
+    row: EntitlementRow, right: entitlement_pb2.Entitlement, terms: Sequence[TermsRow] = ()
+) -> EntitlementRow:
+    """The row with this content, and with the time at which it has to be looked at again."""
+    end_ms = right.validity.not_after_s * 1000
+    due_ms = NEVER_MS
+    if end_ms and _renews(right) and not row.payment_failed_ms:
+        due_ms = end_ms - RENEW_AHEAD_MS
+    elif end_ms:
+        due_ms = end_ms + right.offline_grace_s * 1000
+    if terms:
+        newest = entitlement_pb2.Entitlement.FromString(terms[-1].content)
+        if (newest.plan_id, newest.plan_version) != (right.plan_id, right.plan_version):
+            due_ms = min(due_ms, terms[-1].from_ms)
+    return replace(row, content=right.SerializeToString(deterministic=True), due_ms=due_ms)
+
+
+def _of_other(row: TermsRow, right: entitlement_pb2.Entitlement) -> TermsRow:
+    """Terms as those of the right that goes on in its place."""
+    terms = entitlement_pb2.Entitlement.FromString(row.content)
+    terms.entitlement_id, terms.account = right.entitlement_id, right.account
+    terms.trace_id = right.trace_id
+    return TermsRow(right.entitlement_id, row.from_ms, terms.SerializeToString(deterministic=True))
 
 
 def _ms(duration: timedelta) -> int:

@@ -96,7 +96,11 @@ entitlements = sa.Table(
     sa.Column("revoke_reason", sa.String(256), nullable=False),
     sa.Column("owner_epoch", sa.Integer, nullable=False, server_default="1"),
     sa.Column("anchor_ms", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("due_ms", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("payment_failed_ms", sa.BigInteger, nullable=False, server_default="0"),
     sa.Index("ix_entitlements_vin", "vin"),
+    sa.Index("ix_entitlements_account", "account"),
+    sa.Index("ix_entitlements_due_ms", "due_ms"),
 )
 
 vehicle_sets = sa.Table(
@@ -151,6 +155,40 @@ receipts = sa.Table(
     sa.Column("through_seq", sa.BigInteger, nullable=False),
     sa.Column("head_hash", sa.LargeBinary(32), nullable=False),
     sa.Column("content", sa.LargeBinary, nullable=False),
+)
+
+# Belongs to the physical ECU, as its token counters do; an ECU has one key for its life.
+reading_keys = sa.Table(
+    "reading_keys",
+    metadata,
+    sa.Column("ecu_uid", sa.LargeBinary(16), primary_key=True),
+    sa.Column("public_key", sa.LargeBinary(32), nullable=False),
+)
+
+# The latest reading of each feature, and what was metered since.
+readings = sa.Table(
+    "readings",
+    metadata,
+    _vin(primary_key=True),
+    sa.Column("feature_id", sa.String(48), primary_key=True),
+    sa.Column("ecu_uid", sa.LargeBinary(16), nullable=False),
+    sa.Column("content", sa.LargeBinary, nullable=False),
+    sa.Column("stored_ms", sa.BigInteger, nullable=False),
+    sa.Column("is_verified", sa.Boolean, nullable=False),
+    sa.Column("reading", sa.BigInteger, nullable=False),
+    sa.Column("token_counter", sa.BigInteger, nullable=False),
+    sa.Column("on_ms", sa.BigInteger, nullable=False),
+    sa.Column("executions", sa.BigInteger, nullable=False),
+    sa.Column("excess_ms", sa.BigInteger, nullable=False),
+    sa.Column("value_ms", sa.BigInteger, nullable=False),
+    sa.Column("gap_ms", sa.BigInteger, nullable=False),
+    sa.Column("is_unbounded", sa.Boolean, nullable=False),
+    sa.Column("window_end_ms", sa.BigInteger, nullable=False),
+    sa.Column("window_ms", sa.BigInteger, nullable=False),
+    sa.Column("block_on_ms", sa.BigInteger, nullable=False),
+    sa.Column("block_value_ms", sa.BigInteger, nullable=False),
+    sa.Column("contact_day", sa.BigInteger, nullable=False),
+    sa.Column("silent_days", sa.Integer, nullable=False),
 )
 
 feature_status = sa.Table(
@@ -229,6 +267,86 @@ plan_versions = sa.Table(
     sa.Column("plan_id", sa.String(48), primary_key=True),
     sa.Column("version", sa.BigInteger, primary_key=True, autoincrement=False),
     sa.Column("terms_sha256", sa.LargeBinary(32), nullable=False),
+    sa.Column("payment_grace_s", sa.BigInteger, nullable=False, server_default="0"),
+)
+
+# Accounts that have had their trial of a feature, whatever became of it since.
+trials = sa.Table(
+    "trials",
+    metadata,
+    sa.Column("account", sa.String(44), primary_key=True),
+    sa.Column("feature_id", sa.String(48), primary_key=True),
+)
+
+# The terms of rights whose plan an operator changed, and since when each counts; content as Entitlement.
+right_terms = sa.Table(
+    "right_terms",
+    metadata,
+    sa.Column("entitlement_id", sa.String(20), primary_key=True),
+    sa.Column("from_ms", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("content", sa.LargeBinary, nullable=False),
+)
+
+# Units that were bought for prepaid rights beside their first ones; numbers from 1.
+purchases = sa.Table(
+    "purchases",
+    metadata,
+    sa.Column("entitlement_id", sa.String(20), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("at_ms", sa.BigInteger, nullable=False),
+    sa.Column("units", sa.BigInteger, nullable=False),
+    sa.Column("price_minor", sa.BigInteger, nullable=False),
+)
+
+# Closed invoices: content never changes.
+invoices = sa.Table(
+    "invoices",
+    metadata,
+    sa.Column("number", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("account", sa.String(44), nullable=False),
+    sa.Column("currency", sa.String(3), nullable=False),
+    sa.Column("period_start_ms", sa.BigInteger, nullable=False),
+    sa.Column("period_end_ms", sa.BigInteger, nullable=False),
+    sa.Column("content", sa.LargeBinary, nullable=False),
+    sa.Column("sha256", sa.LargeBinary(32), nullable=False),
+    sa.Column("closed_ms", sa.BigInteger, nullable=False),
+    sa.Index("ix_invoices_account", "account"),
+)
+
+# Which closed invoice billed a record, and a fixed price: each one once, by its key.
+billed_records = sa.Table(
+    "billed_records",
+    metadata,
+    sa.Column("source", sa.String(20), primary_key=True),
+    sa.Column("journal_id", sa.String(16), primary_key=True),
+    sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("invoice_number", sa.BigInteger, nullable=False),
+    sa.Index("ix_billed_records_invoice_number", "invoice_number"),
+)
+
+billed_fees = sa.Table(
+    "billed_fees",
+    metadata,
+    sa.Column("entitlement_id", sa.String(20), primary_key=True),
+    sa.Column("kind", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("invoice_number", sa.BigInteger, nullable=False),
+    sa.Index("ix_billed_fees_invoice_number", "invoice_number"),
+)
+
+# Credits and debits; billed_in is 0 until an invoice has them.
+corrections = sa.Table(
+    "corrections",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("invoice_number", sa.BigInteger, nullable=False),
+    sa.Column("account", sa.String(44), nullable=False),
+    sa.Column("currency", sa.String(3), nullable=False),
+    sa.Column("amount_minor", sa.BigInteger, nullable=False),
+    sa.Column("reason", sa.String(256), nullable=False),
+    sa.Column("created_ms", sa.BigInteger, nullable=False),
+    sa.Column("billed_in", sa.BigInteger, nullable=False),
+    sa.Index("ix_corrections_account", "account"),
 )
 
 # One row: what the cloud last signed over the catalogue.

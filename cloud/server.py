@@ -7,6 +7,7 @@ another takes enrolments, whose callers have none yet.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import signal
 import time
@@ -17,11 +18,12 @@ from pathlib import Path
 import grpc
 import grpc.aio
 
-from cloud import catalogue, config, ingest, keyring, plans
+from cloud import catalogue, config, ingest, keyring, plans, readings
 from cloud.changes import Changes
 from cloud.config import CloudConfig
 from cloud.errors import StartError
 from cloud.operator_service import OperatorService
+from cloud.renewal import Renewals
 from cloud.rights import Rights
 from cloud.store import Store
 from cloud.vehicle_service import EnrolmentService, VehicleService
@@ -72,15 +74,21 @@ class Cloud:
 
     Args:
         port, enrolment_port: that it listens on.
+        renewals: what runs by itself from time to time, and may be run at any.
     """
 
     port: int
     enrolment_port: int
     store: Store
+    renewals: Renewals
     _servers: tuple[grpc.aio.Server, grpc.aio.Server]
+    _job: asyncio.Task[None]
 
     async def stop(self, grace_s: float = STOP_GRACE_S) -> None:
         """Takes no more calls, lets those under way end, and closes the database."""
+        self._job.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._job
         await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
         await asyncio.to_thread(self.store.close)
 
@@ -114,13 +122,17 @@ async def start(
         await asyncio.to_thread(store.close)
         raise
     changes = Changes()
-    vehicles = VehicleService(store, rights, changes, keys.receipt_keys, ingest.units(signed), now_ms)
+    vehicles = VehicleService(
+        store, rights, changes, keys.receipt_keys, ingest.units(signed), readings.attested(signed), now_ms
+    )
+    renewals = Renewals(store, rights, changes, now_ms)
     operators = OperatorService(
         store,
         rights,
         signed,
         changes,
         vehicles,
+        renewals,
         claim_ttl_s=settings.enrolment.claim_ttl_s,
         ownership=settings.ownership,
         restore_window_ms=settings.restore.window_days * DAY_MS,
@@ -142,7 +154,8 @@ async def start(
         raise
     await main.start()
     await enrolment.start()
-    return Cloud(port, enrolment_port, store, (main, enrolment))
+    job = asyncio.create_task(renewals.run_for_ever(settings.renewal.interval_s))
+    return Cloud(port, enrolment_port, store, renewals, (main, enrolment), job)
 
 
 async def serve(path: Path, settings: CloudConfig, ready: Callable[[Cloud], None]) -> None:

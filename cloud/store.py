@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +30,13 @@ from cloud import schema
 from cloud.catalogue import Fresh
 from cloud.errors import StartError
 from cloud.model import Ecu
+from cloud.readings import ReadingRow
 from common import log
 
 T = TypeVar("T")
 
+_MAX_VALUES = 500
+"""Most values in one IN of a query."""
 _SINGLE = 1
 """Primary key of the only row of catalogue_state."""
 
@@ -101,6 +104,8 @@ class EntitlementRow:
         revoked_ms: 0 while it lives.
         owner_epoch: of the owner who has or had it.
         anchor_ms: when its first period began; before `granted_ms` if it came with a bought vehicle.
+        due_ms: when it has to be looked at again: renewed, changed or ended; 0: at once.
+        payment_failed_ms: when a payment failed that is still missing, 0: none.
     """
 
     entitlement_id: str
@@ -114,6 +119,72 @@ class EntitlementRow:
     revoke_reason: str
     owner_epoch: int
     anchor_ms: int
+    due_ms: int = 0
+    payment_failed_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TermsRow:
+    """Terms of a right whose plan was changed, as a serialised Entitlement, and since when they count."""
+
+    entitlement_id: str
+    from_ms: int
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PurchaseRow:
+    """Units bought for a prepaid right; numbers from 1."""
+
+    entitlement_id: str
+    number: int
+    at_ms: int
+    units: int
+    price_minor: int
+
+
+@dataclass(frozen=True, slots=True)
+class InvoiceRow:
+    """A closed invoice; `content` is a serialised Invoice."""
+
+    number: int
+    account: str
+    currency: str
+    period_start_ms: int
+    period_end_ms: int
+    content: bytes
+    sha256: bytes
+    closed_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class CorrectionRow:
+    """A credit or a debit for an account's next invoice.
+
+    Args:
+        invoice_number: what it corrects.
+        billed_in: number of the invoice that has it, 0 before.
+    """
+
+    id: int
+    invoice_number: int
+    account: str
+    currency: str
+    amount_minor: int
+    reason: str
+    created_ms: int
+    billed_in: int
+
+
+@dataclass(frozen=True, slots=True)
+class OpenUsageRow:
+    """One stored usage record with its key, for rating."""
+
+    source: str
+    journal_id: str
+    seq: int
+    content: bytes
+    stored_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,11 +290,15 @@ class Transaction:
                     "uid": ecu.uid,
                 },
             )
+            if ecu.reading_key:
+                self.put_reading_key(ecu.uid, ecu.reading_key)
 
     def ecus(self, vin: str) -> list[Ecu]:
         """A vehicle's ECUs, by identifier."""
-        table = schema.ecus
-        query = sa.select(table.c.ecu_identifier, table.c.hardware_id, table.c.uid)
+        table, keys = schema.ecus, schema.reading_keys
+        query = sa.select(
+            table.c.ecu_identifier, table.c.hardware_id, table.c.uid, sa.func.coalesce(keys.c.public_key, b"")
+        ).join_from(table, keys, keys.c.ecu_uid == table.c.uid, isouter=True)
         rows = self._connection.execute(query.where(table.c.vin == vin).order_by(table.c.ecu_identifier))
         return [Ecu(*row) for row in rows]
 
@@ -248,6 +323,12 @@ class Transaction:
                 "new_uid": new_uid,
             },
         )
+
+    def former_ecus(self, vin: str, ecu_identifier: str) -> frozenset[bytes]:
+        """Uids of the ECUs that were taken out of one place of a vehicle."""
+        table = schema.ecu_swaps
+        mine = (table.c.vin == vin) & (table.c.ecu_identifier == ecu_identifier)
+        return frozenset(self._connection.scalars(sa.select(table.c.old_uid).where(mine)))
 
     def ecu_swaps(self, vin: str, since_ms: int) -> list[int]:
         """When ECUs of a vehicle were swapped after `since_ms`, oldest first."""
@@ -367,12 +448,58 @@ class Transaction:
         """All vehicles' rights that have not ended, oldest first."""
         return self._entitlements(schema.entitlements.c.revoked_ms == 0)
 
-    def trials(self, account: str, feature_id: str, plan_kind: int) -> int:
-        """How many rights of one kind an account ever had to a feature."""
+    def account_entitlements(self, account: str) -> list[EntitlementRow]:
+        """An account's rights over all vehicles, ended ones included, oldest first."""
+        return self._entitlements(schema.entitlements.c.account == account)
+
+    def due_vehicles(self, now_ms: int) -> list[str]:
+        """Vehicles with a live right that has to be looked at, by VIN."""
         table = schema.entitlements
-        same = (table.c.account == account) & (table.c.feature_id == feature_id)
-        query = sa.select(sa.func.count()).select_from(table).where(same & (table.c.plan_kind == plan_kind))
-        return int(self._connection.scalar(query) or 0)
+        due = (table.c.revoked_ms == 0) & (table.c.due_ms <= now_ms)
+        return list(
+            self._connection.scalars(sa.select(table.c.vin).where(due).distinct().order_by(table.c.vin))
+        )
+
+    def had_trial(self, account: str, feature_id: str) -> bool:
+        """Whether an account has had its trial of a feature."""
+        table = schema.trials
+        mine = (table.c.account == account) & (table.c.feature_id == feature_id)
+        return self._connection.execute(sa.select(table).where(mine)).first() is not None
+
+    def add_trial(self, account: str, feature_id: str) -> None:
+        """Keeps for ever that an account has had its trial; a second one breaks the key."""
+        self._insert(schema.trials, {"account": account, "feature_id": feature_id})
+
+    def terms(self, entitlement_ids: Collection[str]) -> dict[str, list[TermsRow]]:
+        """Terms of rights whose plan was changed, by right, oldest first."""
+        table = schema.right_terms
+        found: dict[str, list[TermsRow]] = {}
+        query = sa.select(*(table.c[name] for name in TermsRow.__slots__))
+        for some in _pieces(entitlement_ids):
+            mine = query.where(table.c.entitlement_id.in_(some)).order_by(table.c.from_ms)
+            for row in self._connection.execute(mine):
+                found.setdefault(row[0], []).append(TermsRow(*row))
+        return found
+
+    def put_terms(self, row: TermsRow) -> None:
+        """Stores terms; those that were to begin at the same time are replaced."""
+        key = {"entitlement_id": row.entitlement_id, "from_ms": row.from_ms}
+        self._put(schema.right_terms, key, {"content": row.content})
+
+    def purchases(self, entitlement_ids: Collection[str]) -> dict[str, list[PurchaseRow]]:
+        """What was bought for rights beside their first units, by right, oldest first."""
+        table = schema.purchases
+        found: dict[str, list[PurchaseRow]] = {}
+        query = sa.select(*(table.c[name] for name in PurchaseRow.__slots__))
+        for some in _pieces(entitlement_ids):
+            mine = query.where(table.c.entitlement_id.in_(some)).order_by(table.c.number)
+            for row in self._connection.execute(mine):
+                found.setdefault(row[0], []).append(PurchaseRow(*row))
+        return found
+
+    def add_purchase(self, row: PurchaseRow) -> None:
+        """Stores bought units."""
+        self._insert(schema.purchases, {name: getattr(row, name) for name in row.__slots__})
 
     def _entitlements(self, where: sa.ColumnElement[bool]) -> list[EntitlementRow]:
         table = schema.entitlements
@@ -385,9 +512,14 @@ class Transaction:
         values = {"revoked_ms": now_ms, "revoke_reason": reason}
         self._put(schema.entitlements, {"entitlement_id": entitlement_id}, values)
 
-    def set_entitlement(self, entitlement_id: str, content: bytes) -> None:
-        """Replaces a right's content."""
-        self._put(schema.entitlements, {"entitlement_id": entitlement_id}, {"content": content})
+    def set_entitlement(self, row: EntitlementRow) -> None:
+        """Replaces a right's content, when it is due and whether a payment is missing."""
+        values = {
+            "content": row.content,
+            "due_ms": row.due_ms,
+            "payment_failed_ms": row.payment_failed_ms,
+        }
+        self._put(schema.entitlements, {"entitlement_id": row.entitlement_id}, values)
 
     def vehicle_set(self, vin: str) -> SetRow | None:
         """The newest signed set."""
@@ -531,6 +663,152 @@ class Transaction:
         query = query.order_by(table.c.journal_id, table.c.seq).limit(limit)
         return [UsageRow(*row) for row in self._connection.execute(query)]
 
+    # --- invoices ---------------------------------------------------------
+
+    def open_usage(self, sources: Collection[str]) -> list[OpenUsageRow]:
+        """Records of vehicles that no closed invoice has billed, in order."""
+        table, billed = schema.usage_records, schema.billed_records
+        same = [table.c[name] == billed.c[name] for name in ("source", "journal_id", "seq")]
+        query = (
+            sa.select(*(table.c[name] for name in OpenUsageRow.__slots__))
+            .select_from(table.outerjoin(billed, sa.and_(*same)))
+            .where(billed.c.seq.is_(None))
+            .order_by(table.c.source, table.c.journal_id, table.c.seq)
+        )
+        return self._usage_rows(query, table.c.source, sources)
+
+    def stored_usage(self, source: str) -> list[OpenUsageRow]:
+        """All records of a vehicle with the time at which each was stored, in order."""
+        table = schema.usage_records
+        query = sa.select(*(table.c[name] for name in OpenUsageRow.__slots__)).where(table.c.source == source)
+        rows = self._connection.execute(query.order_by(table.c.journal_id, table.c.seq))
+        return [OpenUsageRow(*row) for row in rows]
+
+    def billed_usage(self, invoice_number: int) -> list[OpenUsageRow]:
+        """Records that a closed invoice has billed, in order."""
+        table, billed = schema.usage_records, schema.billed_records
+        same = [table.c[name] == billed.c[name] for name in ("source", "journal_id", "seq")]
+        query = (
+            sa.select(*(table.c[name] for name in OpenUsageRow.__slots__))
+            .select_from(table.join(billed, sa.and_(*same)))
+            .where(billed.c.invoice_number == invoice_number)
+            .order_by(table.c.source, table.c.journal_id, table.c.seq)
+        )
+        return [OpenUsageRow(*row) for row in self._connection.execute(query)]
+
+    def _usage_rows(
+        self, query: sa.Select[Any], column: sa.ColumnElement[str], values: Collection[str]
+    ) -> list[OpenUsageRow]:
+        rows: list[OpenUsageRow] = []
+        for some in _pieces(values):
+            rows += [OpenUsageRow(*row) for row in self._connection.execute(query.where(column.in_(some)))]
+        return rows
+
+    def billed_fees(self, entitlement_ids: Collection[str]) -> list[tuple[str, int, int, int]]:
+        """Fixed prices that were billed: right, kind, number, and the invoice that has them."""
+        table = schema.billed_fees
+        columns = [table.c[name] for name in ("entitlement_id", "kind", "number", "invoice_number")]
+        found: list[tuple[str, int, int, int]] = []
+        for some in _pieces(entitlement_ids):
+            query = sa.select(*columns).where(table.c.entitlement_id.in_(some))
+            found += [
+                (right, kind, number, invoice)
+                for right, kind, number, invoice in self._connection.execute(query)
+            ]
+        return found
+
+    def invoices(self, account: str, *, after: int = 0, limit: int | None = None) -> list[InvoiceRow]:
+        """Closed invoices of an account, or (empty) of all, behind a number."""
+        table = schema.invoices
+        query = sa.select(*(table.c[name] for name in InvoiceRow.__slots__)).where(table.c.number > after)
+        if account:
+            query = query.where(table.c.account == account)
+        return [
+            InvoiceRow(*row) for row in self._connection.execute(query.order_by(table.c.number).limit(limit))
+        ]
+
+    def invoice(self, number: int) -> InvoiceRow | None:
+        """A closed invoice."""
+        table = schema.invoices
+        query = sa.select(*(table.c[name] for name in InvoiceRow.__slots__)).where(table.c.number == number)
+        row = self._connection.execute(query).one_or_none()
+        return InvoiceRow(*row) if row else None
+
+    def next_invoice_number(self) -> int:
+        """The number of the next invoice, from 1 without holes."""
+        return int(self._connection.scalar(sa.select(sa.func.max(schema.invoices.c.number))) or 0) + 1
+
+    def add_invoice(
+        self,
+        row: InvoiceRow,
+        records: Iterable[OpenUsageRow],
+        fees: Iterable[tuple[str, int, int]],
+        corrections: Iterable[int],
+    ) -> None:
+        """Stores a closed invoice and marks what it bills.
+
+        Args:
+            fees: right, kind and number of each fixed price.
+            corrections: ids.
+        """
+        self._insert(schema.invoices, {name: getattr(row, name) for name in row.__slots__})
+        marks = [
+            {"source": r.source, "journal_id": r.journal_id, "seq": r.seq, "invoice_number": row.number}
+            for r in records
+        ]
+        if marks:
+            self._connection.execute(schema.billed_records.insert(), marks)
+        for right, kind, number in fees:
+            values = {"entitlement_id": right, "kind": kind, "number": number, "invoice_number": row.number}
+            self._insert(schema.billed_fees, values)
+        for correction in corrections:
+            self._put(schema.corrections, {"id": correction}, {"billed_in": row.number})
+
+    def add_correction(self, invoice: InvoiceRow, amount_minor: int, reason: str, now_ms: int) -> None:
+        """Keeps a credit or a debit for the account's next invoice."""
+        values = {
+            "invoice_number": invoice.number,
+            "account": invoice.account,
+            "currency": invoice.currency,
+            "amount_minor": amount_minor,
+            "reason": reason,
+            "created_ms": now_ms,
+            "billed_in": 0,
+        }
+        self._insert(schema.corrections, values)
+
+    def corrections(self, account: str, *, billed_in: int = 0) -> list[CorrectionRow]:
+        """Corrections of an account that an invoice has, or (0) that wait for the next, oldest first."""
+        table = schema.corrections
+        query = sa.select(*(table.c[name] for name in CorrectionRow.__slots__))
+        mine = (table.c.account == account) & (table.c.billed_in == billed_in)
+        return [
+            CorrectionRow(*row) for row in self._connection.execute(query.where(mine).order_by(table.c.id))
+        ]
+
+    # --- readings ---------------------------------------------------------
+
+    def put_reading_key(self, ecu_uid: bytes, public_key: bytes) -> None:
+        """Registers the key with which an ECU signs what it counts."""
+        self._put(schema.reading_keys, {"ecu_uid": ecu_uid}, {"public_key": public_key})
+
+    def reading_key(self, ecu_uid: bytes) -> bytes | None:
+        """The key with which an ECU signs what it counts."""
+        table = schema.reading_keys
+        return self._connection.scalar(sa.select(table.c.public_key).where(table.c.ecu_uid == ecu_uid))
+
+    def readings(self, vin: str) -> list[ReadingRow]:
+        """The latest readings of a vehicle's ECUs, by feature."""
+        table = schema.readings
+        columns = [table.c[name] for name in ReadingRow.__slots__]
+        query = sa.select(*columns).where(table.c.vin == vin).order_by(table.c.feature_id)
+        return [ReadingRow(*row) for row in self._connection.execute(query)]
+
+    def put_reading(self, vin: str, row: ReadingRow) -> None:
+        """Stores the latest reading of a feature, and what was metered since."""
+        values = {name: getattr(row, name) for name in row.__slots__ if name != "feature_id"}
+        self._put(schema.readings, {"vin": vin, "feature_id": row.feature_id}, values)
+
     # --- requests, audit, catalogue ----------------------------------------
 
     def request(self, operator: str, request_id: str) -> RequestRow | None:
@@ -659,10 +937,21 @@ class Transaction:
         query = sa.select(table.c.plan_id, table.c.version, table.c.terms_sha256)
         return {(plan, version): digest for plan, version, digest in self._connection.execute(query)}
 
-    def add_plan_terms(self, plan_id: str, version: int, terms_sha256: bytes) -> None:
+    def add_plan_terms(self, plan_id: str, version: int, terms_sha256: bytes, payment_grace_s: int) -> None:
         """Keeps what a version of a plan means for ever."""
-        values = {"plan_id": plan_id, "version": version, "terms_sha256": terms_sha256}
+        values = {
+            "plan_id": plan_id,
+            "version": version,
+            "terms_sha256": terms_sha256,
+            "payment_grace_s": payment_grace_s,
+        }
         self._insert(schema.plan_versions, values)
+
+    def payment_grace_s(self, plan_id: str, version: int) -> int:
+        """How long rights of a version of a plan go on after a payment failed."""
+        table = schema.plan_versions
+        mine = (table.c.plan_id == plan_id) & (table.c.version == version)
+        return self._connection.scalar(sa.select(table.c.payment_grace_s).where(mine)) or 0
 
     def fresh(self) -> Fresh | None:
         """What was last signed over the catalogue."""
@@ -722,6 +1011,13 @@ class Store:
         """Waits for the work under way and closes the database."""
         self._worker.shutdown()
         self._engine.dispose()
+
+
+def _pieces(values: Collection[str]) -> Iterator[list[str]]:
+    """The values in pieces that one query takes."""
+    ordered = sorted(values)
+    for start in range(0, len(ordered), _MAX_VALUES):
+        yield ordered[start : start + _MAX_VALUES]
 
 
 def _open(url: sa.URL) -> sa.Engine:

@@ -138,6 +138,12 @@ def feature_number(content: bytes) -> int:
     return int(cbor2.loads(payload)[2])
 
 
+def allows(content: bytes) -> bool:
+    """Whether a token that this cloud signed allows its feature."""
+    payload: bytes = cbor2.loads(content).value[2]
+    return bool(cbor2.loads(payload)[4] == ALLOWED)
+
+
 def signer_id(content: bytes) -> bytes:
     """Id of the key that signed a token of this cloud."""
     found: bytes = cbor2.loads(cbor2.loads(content).value[0])[_KID]

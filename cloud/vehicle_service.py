@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import grpc
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from cloud import enrolment, findings, identity, ingest, rights
+from cloud import attestation, enrolment, findings, identity, ingest, rights
 from cloud.changes import Changes, Topic
 from cloud.director import NONCE_BYTES
 from cloud.errors import (
@@ -28,6 +28,7 @@ from cloud.errors import (
 )
 from cloud.keyring import Keyring
 from cloud.model import IDENTIFIER_PATTERN, Counter, Reported, Versions
+from cloud.readings import Attested
 from cloud.rights import Rights
 from cloud.store import Store, Transaction
 from common import log
@@ -101,6 +102,7 @@ class _Stream:
         due: the vehicle is to get an update as soon as there is a nonce.
         signed_ms: time that was last signed to it.
         retried_ms: when an update was last sent again because its answer crossed a nonce.
+        contact_day: newest day that was counted as one of contact, since 1970.
     """
 
     device: identity.Device
@@ -113,6 +115,7 @@ class _Stream:
     due: bool = False
     signed_ms: int = 0
     retried_ms: int = 0
+    contact_day: int = 0
     director: Versions = Versions()
     catalogue: Versions = Versions()
     counters: tuple[Counter, ...] = ()
@@ -139,9 +142,11 @@ class VehicleService(vehicle_service_pb2_grpc.VehicleServiceServicer):
         changes: Changes,
         receipt_keys: Sequence[Ed25519PrivateKey],
         units: ingest.Units,
+        attested: Mapping[str, Attested],
         now_ms: Callable[[], int],
     ) -> None:
         self._store, self._rights, self._changes = store, rights, changes
+        self._attested = attested
         self._receipt_key, self._units, self._now_ms = receipt_keys[0], units, now_ms
         self._archive_keys = [ingest.archive_key(key) for key in receipt_keys]
         self._streams: dict[str, _Stream] = {}
@@ -247,7 +252,12 @@ class VehicleService(vehicle_service_pb2_grpc.VehicleServiceServicer):
         stream.director, stream.catalogue = _versions(hello.director), _versions(hello.catalogue)
         stream.counters, stream.owner_epoch = _counters(hello), hello.owner_epoch
         now_ms = self._now_ms()
-        await self._store.run(lambda tx: findings.note_set_back(tx, stream.vin, stream.reported, now_ms))
+
+        def note(tx: Transaction) -> None:
+            findings.note_set_back(tx, stream.vin, stream.reported, now_ms)
+            self._note_contact(tx, stream, now_ms)
+
+        await self._store.run(note)
         _log.info(
             "stream opened",
             vin=stream.vin,
@@ -338,12 +348,17 @@ class VehicleService(vehicle_service_pb2_grpc.VehicleServiceServicer):
             )
         except UsageError as error:
             return await self._refuse(stream, signed, error)
+        now_ms = self._now_ms()
+
+        def take(tx: Transaction) -> ingest.Taken:
+            taken = ingest.take(tx, stream.vin, stream.source, batch, self._receipt_key, now_ms)
+            fresh = batch.rows[len(batch.rows) - taken.new_records :]
+            attestation.follow(tx, stream.vin, fresh, self._attested, now_ms)
+            self._note_contact(tx, stream, now_ms)
+            return taken
+
         try:
-            taken = await self._store.run(
-                lambda tx: ingest.take(
-                    tx, stream.vin, stream.source, batch, self._receipt_key, self._now_ms()
-                )
-            )
+            taken = await self._store.run(take)
         except UsageError as error:
             return await self._refuse(stream, signed, error)
         _log.info(
@@ -355,6 +370,13 @@ class VehicleService(vehicle_service_pb2_grpc.VehicleServiceServicer):
             trace_ids=",".join(batch.trace_ids),
         )
         return pb.ConnectResponse(receipt=usage_pb2.SignedUsageReceipt.FromString(taken.receipt))
+
+    def _note_contact(self, tx: Transaction, stream: _Stream, now_ms: int) -> None:
+        """Counts a day of contact, once a day on each stream."""
+        day = now_ms // attestation.MS_PER_DAY
+        if day != stream.contact_day:
+            stream.contact_day = day
+            attestation.note_contact(tx, stream.vin, self._attested, now_ms)
 
     async def _refuse(
         self, stream: _Stream, signed: usage_pb2.SignedUsageBatch, error: UsageError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import socket
 import sys
 import time
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import can
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from common import cli
 from common import log as logs
@@ -138,6 +141,29 @@ def _tester(arguments: argparse.Namespace) -> int:
     return cli.EXIT_FAILED if refused else cli.EXIT_DONE
 
 
+def _ecu_key(arguments: argparse.Namespace) -> int:
+    """Makes an ECU's own key pair, as its factory would, and prints the public half."""
+    key = Ed25519PrivateKey.generate()
+    pem = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    try:
+        # Never over a key that is there: an ECU has one for its life.
+        descriptor = os.open(arguments.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as error:
+        return cli.fail(f"{arguments.file}: cannot be made: {error.strerror}")
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(pem)
+        file.flush()
+        os.fsync(file.fileno())
+    public = key.public_key().public_bytes_raw().hex()
+    if arguments.json:
+        cli.print_json({"public": public})
+    else:
+        print(public)
+    return cli.EXIT_DONE
+
+
 def _join(arguments: argparse.Namespace) -> can.BusABC:
     """Joins a bus that is open already, through python-can."""
     interface = arguments.interface or "socketcand"
@@ -255,6 +281,18 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--json", action="store_true")
     _add_bus(ask)
     ask.set_defaults(command=_tester)
+
+    key = commands.add_parser(
+        "ecu-key",
+        help="make the key with which an ECU signs what it counted",
+        description="Makes an Ed25519 key pair (PEM, mode 0600) and prints its public half in hex, which\n"
+        "`fod-cloud vehicle add --ecu IDENT:HWID:UIDHEX:KEYHEX` registers.\n\n"
+        "Example:\n  fod-sim ecu-key run/demo/seat-module.key",
+        formatter_class=shape,
+    )
+    key.add_argument("file", type=Path, metavar="FILE", help="must not be there yet")
+    key.add_argument("--json", action="store_true")
+    key.set_defaults(command=_ecu_key)
     return parser
 
 

@@ -12,6 +12,11 @@ measured by a clock and an odometer of the ECU's own if it has them; else they
 are advisory, by what the bus says, and one of terms 5 to 7 has to stand beside
 them. All are judged at wake-up only. Operating time and executions are written
 ahead of use, so that cutting the power never returns any of them.
+
+An ECU with a key of its own also signs what it has counted since production
+(docs/reading.md): never more than was used. Each time the output goes on is
+written ahead; time is written behind, so that cutting the power loses at most
+RESERVE_MS of it.
 """
 
 from __future__ import annotations
@@ -21,8 +26,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from firmware_sim import token as tokens
 from firmware_sim.measures import ODOMETER, UNIX_TIME, BusSignal, Measure, Measures
+from firmware_sim.reading import Counted, sign
 from firmware_sim.token import ALL_TERMS, COUNTED_TERMS, Term, TokenError
 
 NS_PER_MS = 1_000_000
@@ -37,7 +45,7 @@ MOTION_LIMIT_KMH = 5.0
 BOOT_NS = 200 * NS_PER_MS
 """How long an ECU is silent after a reset."""
 RESERVE_MS = 10_000
-"""Operating time that is written ahead of its use."""
+"""Operating time that is written ahead of its use, and use that may be counted and not written yet."""
 MAX_DIDS = 8
 """Most data identifiers in one read request."""
 NO_LIMIT = 0xFFFF_FFFF
@@ -70,6 +78,7 @@ DID_UID = 0x0F00
 DID_HARDWARE = 0x0F01
 DID_ODOMETER = 0x0F10
 DID_FEATURE_BASE = 0x0F20
+DID_READING_BASE = 0x0F40
 MAX_READ_BACK_FEATURE = 31
 FEATURE_BYTES = 2
 
@@ -80,6 +89,7 @@ class Nrc(enum.IntEnum):
     SERVICE_NOT_SUPPORTED = 0x11
     SUB_FUNCTION_NOT_SUPPORTED = 0x12
     INCORRECT_LENGTH_OR_FORMAT = 0x13
+    CONDITIONS_NOT_CORRECT = 0x22
     REQUEST_SEQUENCE_ERROR = 0x24
     REQUEST_OUT_OF_RANGE = 0x31
     SECURITY_ACCESS_DENIED = 0x33
@@ -241,6 +251,19 @@ _MEASURED_BY: Mapping[int, Reason] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Total:
+    """Use of one feature since production, under whatever token.
+
+    Args:
+        on_ms: time with the output on, milliseconds; never more than it was.
+        executions: how often the output went on.
+    """
+
+    on_ms: int = 0
+    executions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class EcuState:
     """Everything that an ECU keeps without power.
 
@@ -249,12 +272,16 @@ class EcuState:
         rights: by feature number.
         heard_s, heard_m: date (Unix seconds) and odometer (metres) that the bus said last
             and that were plausible; None if nothing needs them.
+        totals: by feature number; counted only by an ECU that signs readings.
+        readings: how many readings it has signed.
     """
 
     token_keys: Mapping[int, bytes] = field(default_factory=dict)
     rights: Mapping[int, Right] = field(default_factory=dict)
     heard_s: int | None = None
     heard_m: int | None = None
+    totals: Mapping[int, Total] = field(default_factory=dict)
+    readings: int = 0
 
 
 class Store(Protocol):
@@ -432,6 +459,7 @@ class SeatModule(Ecu):
         clock: its own authenticated clock, Unix seconds, or None while that is not set;
             without one, dates are advisory.
         odometer: its own odometer, metres; without one, distances are advisory.
+        reading_key: its own key, with which it signs readings; without one it gives none.
 
     Raises:
         StoreError: the durable state cannot be read.
@@ -449,6 +477,7 @@ class SeatModule(Ecu):
         terms: frozenset[Term] = ALL_TERMS,
         clock: Callable[[], int | None] | None = None,
         odometer: Callable[[], int | None] | None = None,
+        reading_key: Ed25519PrivateKey | None = None,
     ) -> None:
         super().__init__(identity, now_ns=now_ns)
         self._features = features
@@ -458,6 +487,7 @@ class SeatModule(Ecu):
         self._terms = terms
         self._clock = clock
         self._odometer = odometer
+        self._reading_key = reading_key
         self._advisory_terms: frozenset[Term] = (frozenset() if clock else _TIME_TERMS) | (
             frozenset() if odometer else _ODOMETER_TERMS
         )
@@ -471,6 +501,8 @@ class SeatModule(Ecu):
         self._level = 0
         self._on_since_ns = 0
         self._operating_before_ms = 0
+        self._used_since_ns = 0
+        self._unwritten_ns = 0
         self._uncounted = False
         self._output_barred = False
         self._routines.update(
@@ -479,6 +511,8 @@ class SeatModule(Ecu):
         for number in features:
             if number <= MAX_READ_BACK_FEATURE:
                 self._dids[DID_FEATURE_BASE + number] = self._reader(number)
+        if reading_key is not None and SEAT_HEATING in features:
+            self._dids[DID_READING_BASE + SEAT_HEATING] = self._attest
 
     # --- what the vehicle sees and does ---
 
@@ -545,6 +579,7 @@ class SeatModule(Ecu):
     def reset(self, now_ns: int) -> None:
         """Restarts it; only what is durable survives."""
         self._level = 0
+        self._unwritten_ns = 0
         self._heard_time.forget()
         self._heard_odometer.forget()
         super().reset(now_ns)
@@ -755,20 +790,71 @@ class SeatModule(Ecu):
             ahead = replace(ahead, executions_used=right.executions_used + 1)
         if Term.OPERATING_TIME in right.terms and (starts or before_ms + used_ms >= right.operating_ms):
             ahead = replace(ahead, operating_ms=before_ms + used_ms + RESERVE_MS)
-        if ahead != right:
-            self._save_right(SEAT_HEATING, ahead)
+        state = self._state_with(ahead)
+        if starts:
+            state = self._one_execution_more(state)
+        if state != self._state or self._unwritten(now_ns) >= RESERVE_MS * NS_PER_MS:
+            self._save_counted(state, now_ns)
         if starts:
             self._on_since_ns, self._operating_before_ms = now_ns, before_ms
+            self._used_since_ns = now_ns
 
     def _end_operating(self, now_ns: int) -> None:
         """Gives back what was reserved and not used; if that fails it counts as used."""
-        right = self._state.rights.get(SEAT_HEATING)
-        if right is None or Term.OPERATING_TIME not in right.terms:
-            return
+        state, right = self._state, self._state.rights.get(SEAT_HEATING)
+        if right is not None and Term.OPERATING_TIME in right.terms:
+            state = self._state_with(replace(right, operating_ms=self._operating_ms(right, now_ns)))
         try:
-            self._save_right(SEAT_HEATING, replace(right, operating_ms=self._operating_ms(right, now_ns)))
+            if state != self._state or self._unwritten(now_ns):
+                self._save_counted(state, now_ns)
         except StoreError as error:
             self._tell("store-failed", now_ns, message=str(error))
+        self._unwritten_ns = self._unwritten(now_ns)
+
+    def _state_with(self, right: Right) -> EcuState:
+        return replace(self._state, rights={**self._state.rights, SEAT_HEATING: right})
+
+    def _one_execution_more(self, state: EcuState) -> EcuState:
+        if self._reading_key is None:
+            return state
+        total = state.totals.get(SEAT_HEATING, Total())
+        more = replace(total, executions=total.executions + 1)
+        return replace(state, totals={**state.totals, SEAT_HEATING: more})
+
+    def _unwritten(self, now_ns: int) -> int:
+        """Use that was counted and is not in the durable total, nanoseconds."""
+        if self._reading_key is None:
+            return 0
+        return self._unwritten_ns + (now_ns - self._used_since_ns if self._level else 0)
+
+    def _save_counted(self, state: EcuState, now_ns: int) -> None:
+        """Saves a state, with all use up to now in the total."""
+        used_ms, rest_ns = divmod(self._unwritten(now_ns), NS_PER_MS)
+        if used_ms:
+            total = state.totals.get(SEAT_HEATING, Total())
+            more = replace(total, on_ms=total.on_ms + used_ms)
+            state = replace(state, totals={**state.totals, SEAT_HEATING: more})
+        self._save(state)
+        self._unwritten_ns, self._used_since_ns = rest_ns, now_ns
+
+    def _attest(self, now_ns: int) -> bytes:
+        """Signs what was counted; that and the reading's number are written before it leaves."""
+        assert self._reading_key is not None
+        try:
+            self._save_counted(replace(self._state, readings=self._state.readings + 1), now_ns)
+        except StoreError as error:
+            self._tell("store-failed", now_ns, message=str(error))
+            raise NegativeResponse(Nrc.CONDITIONS_NOT_CORRECT, str(error)) from error
+        right = self._state.rights.get(SEAT_HEATING)
+        total = self._state.totals.get(SEAT_HEATING, Total())
+        counted = Counted(
+            feature=SEAT_HEATING,
+            reading=self._state.readings,
+            token_counter=right.counter if right else 0,
+            on_ms=total.on_ms,
+            executions=total.executions,
+        )
+        return sign(self._reading_key, self.identity.uid, counted)
 
     def _operating_ms(self, right: Right, now_ns: int) -> int:
         """Operating time that was really used, milliseconds."""

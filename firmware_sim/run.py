@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TextIO
 
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 
 from common import cli
 from common import log as logs
@@ -294,6 +294,7 @@ def _seat_module(
             terms=frozenset(Term(number) for number in config.terms),
             clock=(lambda: int(time.time())) if "clock" in config.own else None,
             odometer=odometer_m if "odometer" in config.own else None,
+            reading_key=_private_key(config.reading_key) if config.reading_key else None,
         )
         for path in announcements:
             seat.learn_key(_read(path, MAX_TOKEN_BYTES))
@@ -313,6 +314,17 @@ def _public_key(path: Path) -> bytes:
     if not isinstance(key, Ed25519PublicKey):
         raise ScenarioError(f"{path}: expected an Ed25519 key")
     return key.public_bytes_raw()
+
+
+def _private_key(path: Path) -> Ed25519PrivateKey:
+    """Reads an Ed25519 private key, PEM (RFC 8410) without a password."""
+    try:
+        key = load_pem_private_key(_read(path, MAX_PEM_BYTES), None)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise ScenarioError(f"{path}: not a private key in PEM without a password: {error}") from error
+    if not isinstance(key, Ed25519PrivateKey):
+        raise ScenarioError(f"{path}: expected an Ed25519 key")
+    return key
 
 
 def _read(path: Path, limit: int) -> bytes:

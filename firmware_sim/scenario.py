@@ -68,6 +68,8 @@ class EcuConfig:
         terms: limits of tokens that it implements (seat module only); it refuses the others.
         own: what it measures by itself instead of believing the bus (seat module only): "clock"
             is this machine's, "odometer" that of the simulated vehicle.
+        reading_key: its own private key, PEM, with which it signs what it counted (seat module
+            only); `fod-sim ecu-key` makes one. Without it, it signs nothing.
     """
 
     identifier: str = option(pattern=r"[A-Za-z0-9._-]{1,64}")
@@ -83,6 +85,7 @@ class EcuConfig:
         default=tuple(int(term) for term in Term), minimum=min(Term), maximum=max(Term)
     )
     own: tuple[str, ...] = option(default=(), choices=("clock", "odometer"))
+    reading_key: Path | None = option(default=None, existing=True)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """What does not fit together."""
@@ -90,8 +93,8 @@ class EcuConfig:
             yield "features", "a seat module needs at least one feature"
         if self.kind is EcuKind.SEAT_MODULE and self.state is None:
             yield "state", "a seat module needs a file for its durable state"
-        if self.kind is EcuKind.POWERTRAIN and (self.features or self.state or self.own):
-            yield "kind", "a powertrain has no features, no state and nothing in 'own'"
+        if self.kind is EcuKind.POWERTRAIN and (self.features or self.state or self.own or self.reading_key):
+            yield "kind", "a powertrain has no features, no state, no reading key and nothing in 'own'"
 
 
 @dataclass(frozen=True)

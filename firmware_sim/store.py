@@ -12,11 +12,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from firmware_sim.ecu import EcuState, Reason, Right, StoreError
+from firmware_sim.ecu import EcuState, Reason, Right, StoreError, Total
 
 MAX_STATE_BYTES = 65_536
 """Largest state file that is read."""
-_FORMAT = 2
+_FORMAT = 3
+_WITHOUT_TOTALS = 2  # the format before this one, of ECUs that signed no readings
 
 
 class FileStore:
@@ -96,17 +97,29 @@ def _to_json(state: EcuState) -> dict[str, Any]:
         },
         "heard_s": state.heard_s,
         "heard_m": state.heard_m,
+        "totals": {
+            str(number): {"on_ms": total.on_ms, "executions": total.executions}
+            for number, total in state.totals.items()
+        },
+        "readings": state.readings,
     }
 
 
 def _from_json(found: Any) -> EcuState:
-    if found["format"] != _FORMAT:
+    if found["format"] not in {_FORMAT, _WITHOUT_TOTALS}:
         raise ValueError(f"format {found['format']!r}, expected {_FORMAT}")
+    if found["format"] == _WITHOUT_TOTALS:
+        found = {**found, "totals": {}, "readings": 0}
     return EcuState(
         token_keys={int(epoch): bytes.fromhex(key) for epoch, key in found["token_keys"].items()},
         rights={int(number): _right(right) for number, right in found["rights"].items()},
         heard_s=_known(found["heard_s"]),
         heard_m=_known(found["heard_m"]),
+        totals={
+            int(number): Total(int(total["on_ms"]), int(total["executions"]))
+            for number, total in found["totals"].items()
+        },
+        readings=int(found["readings"]),
     )
 
 

@@ -48,6 +48,8 @@ PROGRAMMING_SESSION = 0x02
 """ISO 14229-1:2020: the session for flashing, which no feature may ask for."""
 MAX_REQUEST_BYTES = 64
 """Longest UDS request that a feature file may hold."""
+MAX_READING_INTERVAL_S = 86_400
+"""Longest period of an ECU's signed reading, seconds."""
 MAX_HOLD_S = 86_400
 """Longest time for which an ended right may be held, seconds."""
 
@@ -101,6 +103,7 @@ class Feature:
     loss_in_motion: str = option(choices=("harmless", "unknown"))
     safety_relevant: bool = option()
     withdrawn: bool = option()
+    by_use: bool = option(default=False)
 
     def problems(self) -> Problems:
         """A feature that a person's safety or the type approval depends on is never on demand."""
@@ -185,6 +188,15 @@ class ReadBack:
             yield "mask", "looks at no bit, so every answer would count as active"
         elif any(a & ~m for a, m in zip(active, mask, strict=True)):
             yield "active", "has bits outside mask, so no answer could count as active"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Table [reading]: where the ECU signs what it counts (docs/reading.md)."""
+
+    did: int = option(minimum=0, maximum=0xFFFF)
+    interval_s: int = option(minimum=1, maximum=MAX_READING_INTERVAL_S)
+    meter: str = option(pattern=IDENTIFIER)
 
 
 @dataclass(frozen=True)
@@ -309,6 +321,7 @@ class FeatureFile:
     conditions: Conditions
     hold: Hold
     read_back: ReadBack | None = None
+    reading: Reading | None = None
     meters: tuple[Meter, ...] = ()
 
     def problems(self) -> Problems:
@@ -328,7 +341,30 @@ class FeatureFile:
             yield "read_back", f'missing; kind "{self.actuator.kind.value}" needs it'
         elif self.read_back is not None and not token:
             yield "read_back", 'kind "none" has nothing to read back; remove it'
+        if self.reading is not None:
+            yield from self._reading_problems(self.reading, token=token)
         yield from _count_problems("meters", [m.id for m in self.meters], 0, MAX_METERS)
+        yield from self._count_by_whom()
+
+    def _count_by_whom(self) -> Problems:
+        """Whoever has root on the head unit uses without being counted, unless the ECU counts by itself."""
+        if not self.feature.by_use or self.feature.enforcement == "detect-only":
+            return
+        if self.reading is None:
+            what = "pay-per-use and prepaid renew only against a count that the ECU itself signs"
+            yield (
+                "feature.by_use",
+                f'{what}, and there is no [reading]; say enforcement "detect-only" if no ECU counts',
+            )
+
+    def _reading_problems(self, reading: Reading, *, token: bool) -> Problems:
+        """What the ECU counts must be metered as well: the cloud compares the two."""
+        if not token:
+            yield "reading", 'kind "none" has no ECU that could sign; remove it'
+        if self.read_back is not None and reading.did == self.read_back.did:
+            yield "reading.did", f"expected another one than the read-back's 0x{reading.did:04X}"
+        if reading.meter not in {meter.id for meter in self.meters if meter.kind is MeterKind.DURATION}:
+            yield "reading.meter", f"expected a duration meter of this feature, found {reading.meter!r}"
 
 
 @dataclass(frozen=True)

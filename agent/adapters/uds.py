@@ -40,8 +40,8 @@ MAX_PENDING = 10
 """How often an ECU may say "response pending" to one request."""
 ANSWER_NS = 10_000_000_000
 """Longest time for one answer's frames: 73 at most, 127 ms apart at most (ISO 15765-2:2016, 9.6.5.4)."""
-MAX_ANSWER_BYTES = 512
-"""Longest answer that is taken."""
+MAX_ANSWER_BYTES = 515
+"""Longest answer that is taken: a reading of 512 bytes behind SID and DID."""
 FOREIGN_TESTER_NS = 3_000_000_000
 """How long jobs wait after another tester was heard."""
 PATIENCE_NS = 30_000_000_000

@@ -210,6 +210,13 @@ def read_back_request(feature: FeatureSpec) -> bytes:
     return bytes([_READ]) + feature.read_back.did.to_bytes(2, "big")
 
 
+def reading_request(feature: FeatureSpec) -> bytes:
+    """The request for what the ECU signs of its own count (ISO 14229-1:2020, service 0x22)."""
+    if feature.reading is None:
+        raise GuardRefusal(f"{feature.feature_id} has no reading in the catalogue")
+    return bytes([_READ]) + feature.reading.did.to_bytes(2, "big")
+
+
 def session_request(session: int) -> bytes:
     """The request that opens a diagnostic session (ISO 14229-1:2020, service 0x10)."""
     return bytes([_SESSION_CONTROL, session])
@@ -221,6 +228,8 @@ def _exact_requests(feature: FeatureSpec) -> set[bytes]:
         requests.add(feature.release_request)
     if feature.read_back is not None:
         requests.add(read_back_request(feature))
+    if feature.reading is not None:
+        requests.add(reading_request(feature))
     return requests
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from agent.features.conditions import Condition
-from agent.metering.meter import DAY_NS, Meter, OpenWindow, Total
+from agent.metering.meter import DAY_NS, Dimensions, Meter, OpenWindow, Total
 from agent.metering.quantity import MAX_READING, READINGS
 from agent.metering.record import GENESIS_HASH, Head, Record, Use, append
 from agent.model import (
@@ -76,6 +76,7 @@ class Ledger:
         self._armed: dict[str, list[OpenWindow]] = {}
         self._confirmed_ns: dict[str, int] = {}
         self._recovered: list[OpenWindow] = []
+        self._readings: dict[str, tuple[str, bytes]] = {}
         self._same_boot = False
 
     # --- start ---------------------------------------------------------------
@@ -234,6 +235,24 @@ class Ledger:
         self._close(feature_id, now)
         self._sessions.pop(feature_id, None)
 
+    def has_reading(self, feature_id: str) -> bool:
+        """Whether a reading of a feature still waits for a record."""
+        return feature_id in self._readings
+
+    def attach(
+        self, spec: FeatureSpec, entitlement: Entitlement, reading: bytes, *, now_ns: int, now: TrustedTime
+    ) -> None:
+        """Takes what an ECU signed of its own count: the record of its meter that closes next carries it.
+
+        While nothing is metered a record of its own carries it, of no use at all.
+        """
+        assert spec.reading is not None
+        self._readings[spec.feature_id] = (spec.reading.meter_id, reading)
+        if not self.is_metering(spec.feature_id):
+            meter = next(m for m in spec.meters if m.meter_id == spec.reading.meter_id)
+            window = _window(spec.feature_id, meter, entitlement, None, now_ns=now_ns, now=now)
+            self._book_all(window, {}, now.unix_ms, signed=now.source == "signed")
+
     def close_windows(self, now: TrustedTime) -> None:
         """Turns what the sessions counted so far into records; they go on."""
         for feature_id in self._sessions:
@@ -365,9 +384,19 @@ class Ledger:
         for session in self._sessions.get(feature_id, ()):
             end_ms = max(session.start_ms, now.unix_ms)
             window = self._window_of(feature_id, session)
-            for dimensions, total in session.meter.take().items():
-                self._book(window, dimensions, total, end_ms, signed=now.source == "signed")
+            self._book_all(window, session.meter.take(), end_ms, signed=now.source == "signed")
             session.start_ms = end_ms
+
+    def _book_all(
+        self, window: OpenWindow, totals: Mapping[Dimensions, Total], end_ms: int, *, signed: bool
+    ) -> None:
+        """Makes the records of one closed window; the last one carries the reading that waits for it."""
+        reading = b""
+        if self._readings.get(window.feature_id, ("",))[0] == window.meter_id:
+            reading = self._readings.pop(window.feature_id)[1]
+            totals = totals or {(): Total()}
+        for left, (dimensions, total) in enumerate(totals.items(), 1 - len(totals)):
+            self._book(window, dimensions, total, end_ms, signed=signed, reading=b"" if left else reading)
 
     @staticmethod
     def _window_of(feature_id: str, session: _Session) -> OpenWindow:
@@ -395,6 +424,7 @@ class Ledger:
         end_ms: int,
         *,
         signed: bool,
+        reading: bytes = b"",
     ) -> None:
         """Makes the next record of the chain; what is beyond any bill is declared as unbounded."""
         unbounded = total.unbounded or max(total.gap, total.value) > MAX_AMOUNT
@@ -413,6 +443,7 @@ class Ledger:
             end_ms=end_ms,
             signed_clock=signed,
             gap_unbounded=unbounded,
+            reading=reading,
         )
         self.head, record = append(self.head, self._source, use)
         self.unsaved.append(record)

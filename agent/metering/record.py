@@ -64,6 +64,7 @@ class Use(NamedTuple):
     Args:
         value, gap: in ms or m, by the meter's kind; the truth lies in
             [value, value + gap].
+        reading: what the ECU signs of its own count; empty if it has nothing new to say.
         gap_reason: a key of GAP_REASONS.
         start_ms, end_ms: window, trusted Unix milliseconds.
     """
@@ -82,6 +83,7 @@ class Use(NamedTuple):
     end_ms: int
     signed_clock: bool
     gap_unbounded: bool = False
+    reading: bytes = b""
 
 
 class Record(NamedTuple):
@@ -126,6 +128,7 @@ def append(head: Head, source: str, use: Use) -> tuple[Head, Record]:
         gap_reason=GAP_REASONS[use.gap_reason],
         gap_unbounded=use.gap_unbounded,
         trace_id=use.trace_id,
+        ecu_reading=use.reading,
     )
     content = message.SerializeToString(deterministic=True)
     if len(content) > MAX_RECORD_BYTES:

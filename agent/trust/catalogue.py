@@ -24,6 +24,7 @@ from agent.model import (
     MeterKind,
     MeterSpec,
     ReadBackSpec,
+    ReadingSpec,
 )
 from agent.wire import FEATURE_ID, bounded, shown
 
@@ -40,6 +41,7 @@ MAX_REQUEST_BYTES = 64
 MAX_READ_BACK_BYTES = 64
 MAX_HOLD_S = 604_800  # a week
 MAX_READ_BACK_INTERVAL_S = 3_600
+MAX_READING_INTERVAL_S = 86_400
 MAX_RELEASE = 2**32 - 1
 MAX_FEATURE_NUMBER = 2**16 - 1
 MAX_STANDARD_ID = 0x7FF
@@ -190,6 +192,7 @@ def _feature(document: _Table, sha256: str) -> FeatureSpec:
     if feature.flag("safety_relevant"):
         feature.note("safety_relevant", "false: such features are not licensed", found=True)
     withdrawn = feature.flag("withdrawn")
+    by_use = feature.flag("by_use") if feature.has("by_use") else False
 
     actuator = document.table("actuator")
     kind = ActuatorKind(actuator.choice("kind", [kind.value for kind in ActuatorKind]))
@@ -197,11 +200,16 @@ def _feature(document: _Table, sha256: str) -> FeatureSpec:
     if enforcement == "ecu-token" and not is_token:
         feature.note("enforcement", f"detect-only with actuator kind {kind.value}", enforcement)
 
+    if by_use and enforcement == "ecu-token" and not document.has("reading"):
+        feature.note("enforcement", "detect-only with by_use and no [reading]", enforcement)
+
     conditions = document.table("conditions")
     activate, release_when = conditions.table("activate"), conditions.table("release")
     hold = document.table("hold")
     ecu = document.table("ecu")
     read_back = document.table("read_back") if is_token else None
+    reading = document.table("reading") if is_token and document.has("reading") else None
+    meters = _meters(document)
     spec = FeatureSpec(
         feature_id=feature_id,
         release=release,
@@ -219,10 +227,12 @@ def _feature(document: _Table, sha256: str) -> FeatureSpec:
         activate_when=activate.condition(),
         release_when=release_when.condition(),
         hold_max_s=hold.number("max_s", 1, MAX_HOLD_S),
-        meters=_meters(document),
+        meters=meters,
         sha256=sha256,
+        by_use=by_use or enforcement == "detect-only",
+        reading=_reading(reading, meters) if reading else None,
     )
-    tables = (feature, actuator, activate, release_when, conditions, hold, ecu, read_back, document)
+    tables = (feature, actuator, activate, release_when, conditions, hold, ecu, read_back, reading, document)
     for table in tables:
         if table:
             table.close()
@@ -261,6 +271,17 @@ def _read_back(table: _Table) -> ReadBackSpec:
     if table.has("counter_offset"):
         offset = table.number("counter_offset", 0, MAX_READ_BACK_BYTES)
     return ReadBackSpec(table.number("did", 0, MAX_DID), mask, active, offset)
+
+
+def _reading(table: _Table, meters: tuple[MeterSpec, ...]) -> ReadingSpec:
+    reading = ReadingSpec(
+        table.number("did", 0, MAX_DID),
+        table.number("interval_s", 1, MAX_READING_INTERVAL_S),
+        table.text("meter", _NAME),
+    )
+    if (reading.meter_id, MeterKind.DURATION) not in {(meter.meter_id, meter.kind) for meter in meters}:
+        table.note("meter", "a duration meter of this feature", reading.meter_id)
+    return reading
 
 
 def _meters(document: _Table) -> tuple[MeterSpec, ...]:

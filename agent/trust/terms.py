@@ -2,16 +2,18 @@
 
 Does no I/O and reads no clock. The expiry of metadata never enters here: it
 gates what is newly taken, while a right that was taken lives by its own terms.
-Quotas are the meter's business, ignition cycles and operating time the ECU's.
+Ignition cycles and operating time are the ECU's business; how much was used the
+meters say, and what that means for a quota is judged here.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from agent.model import Entitlement, PlanKind, TrustedTime
+from agent.model import Entitlement, PlanKind, Quota, TrustedTime
 
 _MS_PER_S = 1000
+_PERCENT = 100
 
 
 class Right(NamedTuple):
@@ -30,6 +32,54 @@ class Right(NamedTuple):
     reason: str
     ends_ms: int | None = None
     undecided: bool = False
+
+
+class QuotaState(NamedTuple):
+    """How far a quota is used up.
+
+    Args:
+        used, limit: in the meter's unit; of the running period, if the quota has periods.
+        stage: highest stage of warning that is reached, percent; 0: none.
+        beyond: the limit is reached: a hard quota suspends, a soft one is billed as overage.
+        words: for people; changes with the stage, not with each unit. Empty if there is nothing to say.
+    """
+
+    meter_id: str
+    used: int
+    limit: int
+    hard: bool
+    stage: int
+    beyond: bool
+    words: str
+
+
+def period_of(quota: Quota, now: TrustedTime) -> int | None:
+    """Start of the period that a quota counts now, Unix seconds; None if it is for the whole right.
+
+    Before its first period it counts that one already: a clock that is late gives nothing away.
+    """
+    if not quota.period_starts_s:
+        return None
+    begun = [start for start in quota.period_starts_s if start * _MS_PER_S <= now.unix_ms]
+    return max(begun, default=quota.period_starts_s[0])
+
+
+def judge_quota(quota: Quota, used: int) -> QuotaState:
+    """Judge how far a quota is used up.
+
+    Args:
+        used: since the start of its period, or under the whole right, in the meter's unit.
+    """
+    reached = [stage for stage in quota.warn_percent if used * _PERCENT >= quota.limit * stage]
+    beyond = used >= quota.limit
+    words = ""
+    if beyond and quota.hard:
+        words = f"quota of {quota.meter_id} is used up: limit {quota.limit}"
+    elif beyond:
+        words = f"overage: {quota.meter_id} is beyond its quota of {quota.limit}, and more is billed"
+    elif reached:
+        words = f"{reached[-1]} % of the quota of {quota.meter_id} is used"
+    return QuotaState(quota.meter_id, used, quota.limit, quota.hard, max(reached, default=0), beyond, words)
 
 
 def judge(
@@ -71,7 +121,11 @@ def _judge_end(entitlement: Entitlement, now_ms: int, last_contact_ms: int) -> R
     if end_ms == 0:
         return Right(live=True, reason="in force, without an end")
     if now_ms < end_ms:
-        return Right(live=True, reason="in force", ends_ms=end_ms)
+        failed = entitlement.display.get("payment_failed")
+        reason = "in force, but a payment failed: it ends soon unless it is paid" if failed else "in force"
+        return Right(live=True, reason=reason, ends_ms=end_ms)
+    if entitlement.display.get("payment_failed"):
+        return Right(live=False, reason="a payment failed, and its grace has ended")
     if last_contact_ms >= end_ms:
         return Right(live=False, reason="its time has ended, and the cloud did not renew it")
     if now_ms < grace_end_ms:

@@ -35,6 +35,7 @@ from agent.model import (
     ActuatorKind,
     Entitlement,
     FeatureSpec,
+    PlanKind,
     RepositoryBytes,
     Rights,
     Token,
@@ -67,6 +68,7 @@ TLS_PATH = "tls.json"
 _FEATURE_PATH = re.compile(r"features/([a-z][a-z0-9-]{1,47})/([1-9][0-9]{0,9})\.toml")
 _TOKEN_PATH = re.compile(r"tokens/([A-Za-z0-9][A-Za-z0-9_.-]{0,63})/([a-z][a-z0-9-]{1,47})\.cose")
 _TOKEN_KEY_PATH = re.compile(r"token-keys/([1-9][0-9]{0,9})\.cose")
+_BY_USE = frozenset({PlanKind.PREPAID, PlanKind.PAY_PER_USE})
 _UNIX_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 parse_known_feature = lru_cache(maxsize=64)(parse_feature)
@@ -652,6 +654,11 @@ def _check_enforceable(right: Entitlement, spec: FeatureSpec) -> None:
                 f"right {right.entitlement_id}: quota of meter {quota.meter_id!r}, feature"
                 f" {spec.feature_id} has {', '.join(sorted(meters)) or 'none'}"
             )
+    if right.plan_kind in _BY_USE and not spec.by_use:
+        raise DisagreementError(
+            f"right {right.entitlement_id}: sold by use ({right.plan_kind.name}), but the catalogue does not"
+            f" say by_use of {spec.feature_id}: its ECU signs no count"
+        )
     if spec.kind is ActuatorKind.NONE and (right.ignition_cycles or right.operating_s):
         raise DisagreementError(
             f"right {right.entitlement_id}: limits that an ECU measures, but {spec.feature_id} has no ECU"

@@ -42,6 +42,7 @@ POLL_S = 0.03
 MAX_SOCKET_PATH = 100
 """Longest path of a Unix socket that every system takes."""
 _CHUNK_BYTES = 65_536
+_STATE = 'state = "seat-module.json"'
 
 _Found = TypeVar("_Found")
 
@@ -211,6 +212,9 @@ class Stage:
         folder: everything is written there; wiped first.
         transport: bus of the simulator: "auto", "socketcan" or "socketcand".
         slcan: the agent is joined by the simulator's serial adapter instead.
+
+    Attributes:
+        seat_key: public key with which the seat module signs what it counts, hex.
     """
 
     def __init__(self, folder: Path, *, transport: str = "auto", slcan: bool = False) -> None:
@@ -222,6 +226,7 @@ class Stage:
         self._sockets: tempfile.TemporaryDirectory[str] | None = None
         self.relay = Relay()
         self.cloud_port = self.enrolment_port = 0
+        self.seat_key = ""
         self.bus: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
@@ -346,14 +351,22 @@ class Stage:
         self.relay.lead_to(self.cloud_port)
         return self.cloud
 
+    @property
+    def seat_ecu(self) -> str:
+        """The seat module as an operator registers it."""
+        return f"{SEAT_ECU}:{SEAT_HARDWARE}:{SEAT_UID}:{self.seat_key}"
+
     def start_vehicle(self) -> Program:
-        """Starts the simulated vehicle; its bus is in `bus`."""
+        """Starts the simulated vehicle, whose seat module has its own key; its bus is in `bus`."""
+        made = self.done("fod-sim", "ecu-key", self.folder / "seat-module.key")
+        self.seat_key = made.out.strip()
         text = _filled(
             (DEMO / "scenario.toml").read_text(),
             {
                 "../../run/demo/": "",
                 'transport = "auto"': f'transport = "{self._transport}"',
                 "slcan = false": f"slcan = {json.dumps(self._slcan)}",
+                _STATE: f'{_STATE}\nreading_key = "seat-module.key"',
             },
         )
         # The driver of the story presses the seat's button; the timeline only switches the ignition on.

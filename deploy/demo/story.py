@@ -8,6 +8,7 @@ code 1 and the last lines of all logs. Everything is written to run/demo/.
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import json
 import secrets
@@ -19,10 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cloud.readings import Reading, parse
 from common.cli import EXIT_DONE, EXIT_FAILED, fail
 from deploy.demo import rogue
 from deploy.demo.page import Page, StepFailedError
-from deploy.demo.stage import DEMO, REPOSITORY, SEAT_ECU, SEAT_HARDWARE, SEAT_UID, VIN, Stage, StageError
+from deploy.demo.stage import DEMO, REPOSITORY, SEAT_ECU, SEAT_HARDWARE, VIN, Stage, StageError
 from openfod.vehicle.v1.vehicle_service_pb2 import TrustUpdate
 
 FOLDER = REPOSITORY / "run" / "demo"
@@ -107,7 +109,7 @@ class Story:
         page.command(f"{line} &", json.dumps(stage.bus))
         page.say(self._bus_in_words())
         stage.write_agent_config()
-        ecu = f"{SEAT_ECU}:{SEAT_HARDWARE}:{SEAT_UID}"
+        ecu = stage.seat_ecu
         added = self._show("fod-cloud", "vehicle", "add", VIN, "--ecu", ecu, "--config", stage.cloud_config)
         claim = added.split()[-1]
         self._show("fod-agent", "enroll", "--config", stage.agent_config(), "--claim", claim)
@@ -213,7 +215,7 @@ class Story:
         page.log("agent", [x for x in life if any(s in x for s in steps)])
         self._show("fod-agent", "status", "--config", stage.agent_config(), most=7)
         requests = [x for x in life if "request to ECU" in x]
-        written = [x for x in requests if 'purpose="read back"' not in x]
+        written = [x for x in requests if 'purpose="read back"' not in x and "purpose=reading" not in x]
         page.check(
             "offline the right holds, without a write to the ECU",
             f"{len(requests)} reads, {len(written)} writes; tokens taken by the ECU: "
@@ -388,6 +390,7 @@ class Story:
         """All of it beside the truth."""
         stage, page = self.stage, self.page
         page.chapter("The bill, beside the truth")
+        counted = stage.until("the seat module's last reading is in the cloud", self._last_reading)
         status = stage.until_status(
             "all usage has a receipt",
             lambda s: bool(s["journal"]["receipts_to"] == s["journal"]["stored"] == s["journal"]["records"]),
@@ -395,7 +398,8 @@ class Story:
         self._show("fod-cloud", "invoice", VIN, "--config", stage.cloud_config)
         records = self._records()
         bills, truth = _bills(records), stage.truth()
-        self._beside_truth(bills, truth)
+        page.say("The invoice beside what the simulator itself wrote down as the truth:")
+        invoice = self._beside_truth(bills, truth)
         page.check(
             "each record once, in an unbroken chain, with a receipt",
             f"{len(records)} records, receipts up to {status['journal']['receipts_to']}",
@@ -411,9 +415,15 @@ class Story:
                 f"{bill.value} <= {true:.1f} <= {bill.value + bill.gap} {unit}",
                 held=bill.is_bounded and bill.value <= true <= bill.value + bill.gap,
             )
-        invoice = self.stage.done("fod-cloud", "invoice", VIN, "--json", "--config", stage.cloud_config).data[
-            "invoices"
-        ][0]
+        listed = stage.done("fod-cloud", "vehicle", "list", "--json", "--config", stage.cloud_config).data
+        findings = next(v.get("findings", []) for v in listed["vehicles"] if v["vin"] == VIN)
+        unmetered = [text for text in findings if "the ECU counted" in text]
+        page.check(
+            "the seat module's own signed count is the truth, and explains the bill",
+            f"{counted.on_ms} ms in {counted.executions} uses, reading {counted.reading}; "
+            f"{len(unmetered)} findings of use that was not metered",
+            held=abs(counted.on_ms - truth["heater_on_ms"]) < counted.reading + 10 and not unmetered,
+        )
         quantity = sum(int(x["quantity"]) for x in invoice["lines"] if x["meter_id"] == ACTIVE_TIME)
         page.check(
             "the invoice bills exactly the metered time",
@@ -556,25 +566,38 @@ class Story:
         ).data
         return found
 
-    def _beside_truth(self, bills: dict[str, Bill], truth: dict[str, Any]) -> None:
-        time_bill, way_bill = bills[ACTIVE_TIME], bills[HEATED_DISTANCE]
-        self.page.table(
-            ["meter", "billed", "truth", "declared, not billed"],
-            [
+    def _last_reading(self) -> Reading | None:
+        """What the seat module signed after its feature went off; None before that."""
+        contents = [record["ecu_reading"] for record in self._records() if record.get("ecu_reading")]
+        if not contents:
+            return None
+        reading = parse(base64.b64decode(contents[-1]))
+        reading.check_signature(bytes.fromhex(self.stage.seat_key))
+        return reading if reading.on_ms + 10 >= self.stage.truth()["heater_on_ms"] else None
+
+    def _beside_truth(self, bills: dict[str, Bill], truth: dict[str, Any]) -> dict[str, Any]:
+        """Shows each meter's line of the invoice beside the truth; returns the invoice."""
+        stage = self.stage
+        invoice: dict[str, Any] = stage.done(
+            "fod-cloud", "invoice", VIN, "--json", "--config", stage.cloud_config
+        ).data["invoices"][0]
+        rows: list[tuple[str, ...]] = []
+        for meter, true, unit in (
+            (ACTIVE_TIME, truth["heater_on_ms"], "ms"),
+            (HEATED_DISTANCE, truth["heated_distance_m"], "m"),
+        ):
+            lines = [line for line in invoice["lines"] if line["meter_id"] == meter]
+            rows.append(
                 (
-                    "active time",
-                    f"{time_bill.value} ms",
-                    f"{truth['heater_on_ms']:.1f} ms",
-                    f"{time_bill.gap} ms",
-                ),
-                (
-                    "heated distance",
-                    f"{way_bill.value} m",
-                    f"{truth['heated_distance_m']:.1f} m",
-                    f"{way_bill.gap} m",
-                ),
-            ],
-        )
+                    meter,
+                    f"{sum(int(line['quantity']) for line in lines)} {unit}",
+                    f"{sum(int(line['amount_minor']) for line in lines) / 100:.2f} {invoice['currency']}",
+                    f"{true:.1f} {unit}",
+                    f"{bills[meter].gap} {unit}",
+                )
+            )
+        self.page.table(["meter", "on the invoice", "for", "truth", "declared, not billed"], rows)
+        return invoice
 
     def _show(self, *words: str | Path, most: int = 12) -> str:
         """Runs a command that must succeed, and prints it; returns its standard output."""

@@ -37,9 +37,10 @@ from agent.features.guard import (
     activation_request,
     announcement_request,
     read_back_request,
+    reading_request,
     session_request,
 )
-from agent.model import Frame, Rights, TokenKeyAnnouncement
+from agent.model import Frame, ReadingSpec, Rights, TokenKeyAnnouncement
 
 REQUEST = activation_request(feature(), token())
 FLOW_CONTROL = bytes.fromhex("30 08 00")
@@ -454,6 +455,24 @@ def test_a_token_key_that_is_no_longer_listed_stops_in_the_middle() -> None:
     refused(guard, lambda: guard.check_frame(frames[3], S_NS), "no approved request")
 
 
+def test_a_reading_leaves_only_as_the_catalogue_describes_it() -> None:
+    described = replace(feature(), reading=ReadingSpec(0xF041, 600, "active-time"))
+    guard = open_guard(described)
+    passed = set()
+    for did in [*range(0, 0x10000, 251), 0xF001, 0xF041]:
+        request = b"\x22" + did.to_bytes(2, "big")
+        for candidate in (request, request + b"\x00", request + READ[1:]):
+            try:
+                guard.approve(SEAT, candidate)
+            except GuardRefusal:
+                continue
+            guard.close(SEAT)
+            passed.add(candidate)
+    assert passed == {READ, reading_request(described)}
+    with pytest.raises(GuardRefusal, match="no reading in the catalogue"):
+        reading_request(feature())
+
+
 # --- the gate's own coverage ---------------------------------------------------
 
 
@@ -518,6 +537,7 @@ def pytester_lines() -> set[int]:
         test_rate_over_all_ecus_is_limited_and_its_window_moves_with_time,
         test_feature_without_actuator_or_read_back_asks_nothing,
         test_the_listed_token_key_passes_to_the_ecu_of_a_token_and_to_no_other,
+        test_a_reading_leaves_only_as_the_catalogue_describes_it,
     ]
     before = sys.gettrace()
     sys.settrace(trace)  # type: ignore[arg-type]

@@ -606,6 +606,18 @@ def test_a_quota_of_a_meter_that_the_feature_lacks_is_refused(cloud: Cloud) -> N
     vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError, "no-such-meter")
 
 
+@pytest.mark.parametrize("kind", [entitlement_pb2.PLAN_KIND_PREPAID, entitlement_pb2.PLAN_KIND_PAY_PER_USE])
+def test_a_right_by_use_is_refused_where_no_ecu_counts_and_the_catalogue_does_not_admit_it(
+    cloud: Cloud, kind: entitlement_pb2.PlanKind.ValueType
+) -> None:
+    vehicle = supplied(cloud)
+    cloud.grant(LOGBOOK, plan_kind=kind)  # "detect-only"
+    assert LOGBOOK in vehicle.take(cloud.answer(vehicle.nonce)).rights.entitlements
+    cloud.rights[SEAT].plan_kind = kind  # "ecu-token", and no count of its own
+    cloud.publish()
+    vehicle.refuses(cloud.answer(vehicle.nonce), DisagreementError, "its ECU signs no count")
+
+
 @pytest.mark.parametrize("limit", ["ignition_cycles", "operating_s"])
 def test_a_limit_that_no_ecu_could_measure_is_refused(cloud: Cloud, limit: str) -> None:
     vehicle = supplied(cloud)

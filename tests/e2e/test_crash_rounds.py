@@ -74,7 +74,7 @@ def test_billed_never_exceeds_truth_and_every_shortfall_is_declared(tmp_path: Pa
             dead_ms += stage.until("it meters", lambda: metering_began_ms(stage)) - killed_ms
             dead_m += stage.truth()["heated_distance_m"] - before_m
             purposes = {json.loads(line).get("purpose") for line in stage.agent.log()}
-            assert purposes <= {None, "read back"}, "adopted without a write in motion"
+            assert purposes <= {None, "read back", "reading"}, "adopted without a write in motion"
         drive_on(stage, 1.0)
         stage.tell("stop")
         stage.done("fod-cloud", "revoke", VIN, right, "--reason", "end of the test", *operator)

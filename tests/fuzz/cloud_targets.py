@@ -25,11 +25,14 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from fuzz.registry import chosen, register, scratch, target
 from google.protobuf.message import DecodeError
 from support import cloud_world
+from vectors import make_reading_vectors
 
 from cloud import enrolment, ingest, plans
 from cloud.catalogue import _release
 from cloud.config import CloudConfig
-from cloud.errors import InvalidRequestError, StartError, UsageError
+from cloud.errors import InvalidRequestError, ReadingError, StartError, UsageError
+from cloud.readings import MAX_READING_BYTES
+from cloud.readings import parse as parse_reading
 from common.config import ConfigError, parse
 from keys.errors import CatalogueError
 from keys.lint import lint
@@ -252,6 +255,13 @@ def record(content: bytes) -> None:
 
 register("usage-batch", usage, UsageError, batches)
 register("usage-record", record, UsageError, lambda: [cloud_world.record(SOURCE, 1, bytes(32))])
+register(
+    "reading",
+    parse_reading,
+    ReadingError,
+    lambda: [make_reading_vectors.sign(make_reading_vectors.claims())],
+    max_bytes=2 * MAX_READING_BYTES,
+)
 register(
     "signed-usage",
     lambda content: ingest.verify(

@@ -165,7 +165,13 @@ class World:
         return answer
 
     async def rebind(
-        self, new_uid: bytes, old_uid: bytes = b"", vin: str = VIN, *, stub: Any = None
+        self,
+        new_uid: bytes,
+        old_uid: bytes = b"",
+        vin: str = VIN,
+        *,
+        stub: Any = None,
+        reading_key: bytes = b"",
     ) -> operator_pb2.RebindEcuResponse:
         """Swaps the seat module, as the first operator or another."""
         request = operator_pb2.RebindEcuRequest(
@@ -173,6 +179,7 @@ class World:
             ecu_identifier=ECU,
             old_uid=old_uid or uid(vin),
             new_uid=new_uid,
+            new_reading_key=reading_key,
             reason="water damage",
             request_id=str(uuid.uuid4()),
         )
@@ -201,12 +208,13 @@ class World:
         return await self.complete_transfer(begun.transfer_code, vin)
 
     async def add_vehicle(
-        self, vin: str = VIN, *, with_ecu: bool = True
+        self, vin: str = VIN, *, with_ecu: bool = True, reading_key: bytes = b""
     ) -> operator_pb2.CreateVehicleResponse:
         """Registers a vehicle with a seat module."""
-        ecus = (
-            [operator_pb2.Ecu(ecu_identifier=ECU, hardware_id=HARDWARE, ecu_uid=uid(vin))] if with_ecu else []
+        ecu = operator_pb2.Ecu(
+            ecu_identifier=ECU, hardware_id=HARDWARE, ecu_uid=uid(vin), reading_key=reading_key
         )
+        ecus = [ecu] if with_ecu else []
         request = operator_pb2.CreateVehicleRequest(vin=vin, ecus=ecus, request_id=str(uuid.uuid4()))
         answer: operator_pb2.CreateVehicleResponse = await self.operator.CreateVehicle(request)
         return answer
@@ -238,9 +246,9 @@ class World:
         certificate = x509.load_der_x509_certificate(answer.certificate_der)
         return Device(vin, key, certificate, answer.source)
 
-    async def device(self, vin: str = VIN, *, with_ecu: bool = True) -> Device:
+    async def device(self, vin: str = VIN, *, with_ecu: bool = True, reading_key: bytes = b"") -> Device:
         """Registers and enrols a vehicle."""
-        added = await self.add_vehicle(vin, with_ecu=with_ecu)
+        added = await self.add_vehicle(vin, with_ecu=with_ecu, reading_key=reading_key)
         return await self.enroll(vin, added.claim_token)
 
     def vehicle_stub(self, device: Device) -> Any:

@@ -13,9 +13,10 @@ from dataclasses import replace
 import isotp
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from support.edge_ecu import FakeEcu, as_heard
-from support.engine_world import IGNITION, INFOS, MS, ODO, SPEED, catalogue_feature
+from support.engine_world import HEAT, IGNITION, INFOS, MS, ODO, SPEED, catalogue_feature
 from support.sim_world import IDENTITY, MemoryStore
 from support.trust_repo import NOW_MS, UID, VIN, Cloud, make_announcement
+from vectors.make_reading_vectors import ECU_KEY
 
 from agent import events as ev
 from agent.adapters.uds import UdsClient
@@ -40,6 +41,8 @@ class EdgeVehicle:
         requests: UDS requests that reached the seat module, in order.
         frames: every frame that the agent put on a bus.
         refusals: updates that the verifier refused.
+        records: usage that the agent made durable, in order.
+        heated_ms: how long the heater was really on.
     """
 
     def __init__(self, cloud: Cloud) -> None:
@@ -50,11 +53,15 @@ class EdgeVehicle:
             token_root=self.token_root.public_key().public_bytes_raw(),
             store=MemoryStore(),
             now_ns=0,
+            reading_key=ECU_KEY.private,
         )
+        self.seat.terminal_15(on=True, now_ns=0)
         self.learn(1, cloud.token_key)
         self.now_ms, self.speed_kmh = 1000, 0.0
         self.frames: list[Frame] = []
         self.refusals: list[TrustError] = []
+        self.records: list[bytes] = []
+        self.heated_ms = 0
         self.log: list[tuple[str, str]] = []
         self.trusted, self.floors = cloud.provisioned(), Floors()
         self._nonces = 0
@@ -105,9 +112,19 @@ class EdgeVehicle:
     def run_ms(self, duration_ms: int) -> None:
         """Lives on, in steps of 20 ms."""
         for _ in range(duration_ms // STEP_MS):
+            self.heated_ms += STEP_MS if self.seat.heat_level else 0
             self.now_ms += STEP_MS
+            self.seat.sense(speed_kmh=self.speed_kmh, now_ns=self.now_ms * MS)
             self._cross_frames()
             self.tell(ev.SignalsArrived(self._signals()))
+
+    def press(self, level: int) -> None:
+        """The driver asks for a heat level, 0 to 3."""
+        self.seat.press(level, self.now_ms * MS)
+
+    def cut_ecu_power(self) -> None:
+        """The seat module restarts from its durable memory; the ignition stays on."""
+        self.seat.reset(self.now_ms * MS)
 
     def view(self) -> ev.FeatureView:
         """What the agent says of the seat heating."""
@@ -134,7 +151,10 @@ class EdgeVehicle:
                 self._nonces += 1
                 self._nonce = self._nonces.to_bytes(16, "big")
                 self._events.append(ev.NonceMade(self._nonce))
-            case ev.StoreTrust(number) | ev.StoreUsage(number) | ev.MarkSent(number):
+            case ev.StoreUsage(number, records):
+                self.records += [record.content for record in records]
+                self._events.append(ev.Persisted(number))
+            case ev.StoreTrust(number) | ev.MarkSent(number):
                 self._events.append(ev.Persisted(number))
             case ev.Verify(update, nonces, now_ms):
                 self._verify(update, nonces, now_ms)
@@ -155,6 +175,7 @@ class EdgeVehicle:
 
     def _signals(self) -> SignalBatch:
         values: dict[str, SignalValue] = {SPEED: self.speed_kmh, ODO: 12.34, IGNITION: "ON"}
+        values[HEAT] = 33.0 * self.seat.heat_level
         now_ns = self.now_ms * MS
         changes = tuple(SignalChange(n, v, now_ns, self._seen.get(n)) for n, v in values.items())
         self._seen = dict.fromkeys(values, now_ns)

@@ -126,6 +126,7 @@ class SeatEcu:
     counter: int = 0
     on: bool = False
     silent: bool = False
+    readings: int = 0
 
 
 class Cloud:
@@ -474,7 +475,8 @@ class World:
 
         def done() -> None:
             error = outcome[0]
-            self.tell(ev.EcuDone(job.feature_id, b"" if error else self._read_back(), error))
+            answer = self._reading() if job.purpose == "reading" else self._read_back()
+            self.tell(ev.EcuDone(job.feature_id, b"" if error else answer, error))
 
         # The ECU acts whether or not the agent lives to hear of it.
         self.at(latency_ms // 2, act)
@@ -499,6 +501,12 @@ class World:
             + self.ecu.counter.to_bytes(4, "big")
             + b"\xff" * 8
         )
+
+    def _reading(self) -> bytes:
+        """What the ECU counted; nothing here looks at a signature."""
+        self.ecu.readings += 1
+        said = {"reading": self.ecu.readings, "token": self.ecu.counter, "on_ms": int(self.truth.heated_ms)}
+        return bytes.fromhex("620F41") + json.dumps(said).encode()
 
     # --- promises -------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from deploy.demo.stage import SEAT_ECU, SEAT_HARDWARE, SEAT_UID, VIN, Stage
+from deploy.demo.stage import VIN, Stage
 
 
 @contextmanager
@@ -18,7 +18,7 @@ def enrolled(folder: Path, *, log_level: str = "info", slcan: bool = False) -> I
         stage.done("fod-keys", "sign-catalogue", stage.keys, "deploy/demo/catalogue", catalogue)
         stage.start_cloud()
         stage.start_vehicle()
-        ecu = f"{SEAT_ECU}:{SEAT_HARDWARE}:{SEAT_UID}"
+        ecu = stage.seat_ecu
         words = ("vehicle", "add", VIN, "--ecu", ecu, "--json", "--config", stage.cloud_config)
         vehicle = stage.done("fod-cloud", *words).data
         config = stage.write_agent_config()

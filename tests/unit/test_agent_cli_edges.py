@@ -160,12 +160,30 @@ def test_status_asks_the_agent_that_runs(config: Path, capsys: pytest.CaptureFix
     directory = enrol(config)
     api = LocalApi(
         directory / "agent.sock",
-        lambda: {"vin": VIN, "source": "s", "link": "up", "last_contact_ms": 0},
+        lambda: {
+            "vin": VIN,
+            "source": "s",
+            "link": "up",
+            "last_contact_ms": 0,
+            "quotas": [
+                {
+                    "feature": "drivers-logbook",
+                    "entitlement": "ent-0",
+                    "meter": "distance",
+                    "used": 80_000,
+                    "limit": 100_000,
+                    "hard": True,
+                    "warning": "80 % of the quota of distance is used",
+                }
+            ],
+        },
         lambda _: {},
     )
     try:
         assert main(["status", "--config", str(config)]) == 0
-        assert "Cloud: up; last signed answer never" in capsys.readouterr().out
+        words = capsys.readouterr().out
+        assert "Cloud: up; last signed answer never" in words
+        assert "80000 of 100000  suspends    80 % of the quota of distance is used" in words
         assert main(["status", "--json", "--config", str(config)]) == 0
         assert json.loads(capsys.readouterr().out)["running"] is True
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from support.cloud_world import (
     ACCOUNT,
+    DAY_MS,
     ECU,
     HARDWARE,
     VIN,
@@ -130,10 +132,63 @@ def test_every_reading_command_speaks_json(running: Running, capsys: pytest.Capt
         ["entitlements", VIN],
         ["usage", VIN],
         ["invoice", VIN],
+        ["invoice", ACCOUNT],
+        ["invoices"],
+        ["invoices", ACCOUNT, "--verify"],
+        ["renew"],
         ["audit", "--vin", VIN],
     ):
         assert _run(running, *words, "--json") == 0
         json.loads(capsys.readouterr().out)
+
+
+def test_from_a_payment_to_a_corrected_invoice(running: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    def say(*words: str, code: int = 0) -> str:
+        assert _run(running, *words) == code
+        found = capsys.readouterr()
+        return found.out or found.err
+
+    _add(running)
+    capsys.readouterr()
+    right = say("grant", VIN, "seat-heating-monthly", "--account", ACCOUNT).split()[1].rstrip(":")
+    assert "is paid and goes on to 2026-04-30 12:00:00Z" in say("payment", VIN, right, "paid")
+    assert say("renew") == "0 vehicles got a new set of rights\n"
+    assert "is not prepaid" in say("top-up", VIN, right, code=1)
+    assert "has plan seat-heating-monthly version 1 already" in say(
+        "change-plan", VIN, right, "seat-heating-monthly", code=1
+    )
+    assert "has ended: a payment failed" in say("payment", VIN, right, "failed")
+
+    running.world.now_ms[0] += 2 * DAY_MS
+    assert "an invoice is closed for an account" in say("invoice", VIN, "--close", code=2)
+    assert "--close needs --period" in say("invoice", ACCOUNT, "--close", code=2)
+    assert "--period goes with --close" in say("invoice", ACCOUNT, "--period", "2026-03", code=2)
+    words = say("invoice", ACCOUNT, "--close", "--period", "2026-03")
+    assert "Invoice 1 for acc-4711, 2026-03-01 00:00:00Z to 2026-04-01 00:00:00Z, closed 2026-04-02" in words
+    assert "Heated driver's seat: 1 started period of P1M  " in words
+    assert "Total: EUR 4.99" in words
+    assert say("invoice", ACCOUNT, "--close", "--period", "2026-03") == words
+    digest = words.partition("SHA-256: ")[2].split()[0]
+    assert digest in say("invoices", ACCOUNT)
+    assert digest in say("invoices", "--number", "1")
+    assert "no closed invoice has number 2" in say("invoices", "--number", "2", code=1)
+    assert "1 rated again from their records: the same bytes" in say("invoices", "--verify")
+
+    words = say("correct", "1", "--minor", "-150", "--reason", "it broke")
+    assert words == "credit of EUR 1.50 for invoice 1; it is a line of the next invoice of acc-4711\n"
+    assert "Total: EUR -1.50" in say("invoice", ACCOUNT)
+    words = say("invoice", ACCOUNT, "--close", "--period", "2026-04-01T00:00:00Z/2026-04-02T00:00:00Z")
+    assert "credit for invoice 1: it broke" in words
+    words = say("invoice", ACCOUNT, "--close", "--period", "2026-04-02T00:00:00Z/2026-04-02T01:00:00Z")
+    assert "nothing to bill: no invoice was made" in words
+
+
+@pytest.mark.parametrize("period", ["2026-13", "march", "2026-03-01/2026-04-01", "0000-01"])
+def test_a_malformed_period_is_wrong_use(capsys: pytest.CaptureFixture[str], period: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["invoice", ACCOUNT, "--close", "--period", period, "--config", "x"])
+    assert caught.value.code == 2
+    assert "--period" in capsys.readouterr().err
 
 
 NEW_UID = bytes(range(16))
@@ -293,9 +348,23 @@ def test_a_missing_operator_key_is_wrong_use(tmp_path: Path, capsys: pytest.Capt
     assert "operator.key: " in capsys.readouterr().err
 
 
-def test_a_malformed_ecu_is_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_key_of_an_ecu_is_registered_with_it_and_asking_again_needs_the_same(
+    running: Running, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ecu = f"{ECU}:{HARDWARE}:{uid(VIN).hex()}"
+    for _ in range(2):
+        assert _run(running, "vehicle", "add", VIN, "--ecu", f"{ecu}:{'ab' * 32}") == 0
+    assert _run(running, "vehicle", "add", VIN, "--ecu", f"{ecu}:{'cd' * 32}") == 1
+    assert "is registered already; it was not changed" in capsys.readouterr().err
+    assert _run(running, "vehicle", "list", "--json") == 0
+    (vehicle,) = json.loads(capsys.readouterr().out)["vehicles"]
+    assert base64.b64decode(vehicle["ecus"][0]["reading_key"]) == b"\xab" * 32
+
+
+@pytest.mark.parametrize("ecu", ["seat", "a:b:00", f"a:b:{'0' * 32}:00", f"a:b:{'0' * 32}:{'0' * 64}:"])
+def test_a_malformed_ecu_is_wrong_use(ecu: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        main(["vehicle", "add", VIN, "--ecu", "seat", "--config", "x"])
+        main(["vehicle", "add", VIN, "--ecu", ecu, "--config", "x"])
     assert caught.value.code == 2
     assert "expected IDENT:HWID:UIDHEX" in capsys.readouterr().err
 

@@ -311,7 +311,7 @@ def test_the_same_request_id_does_it_once(tmp_path: Path, method: str) -> None:
         await world.device()
         await world.grant()
         code = (await world.begin_transfer()).transfer_code
-        ids = {"vin": VIN, "request_id": str(uuid.uuid4()).upper()}
+        ids: dict[str, Any] = {"vin": VIN, "request_id": str(uuid.uuid4()).upper()}
         request: Any = {
             "BlockVehicle": pb.BlockVehicleRequest(reason="stolen", **ids),
             "RebindEcu": pb.RebindEcuRequest(

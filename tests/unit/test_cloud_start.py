@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from support.cloud_world import DEMO, demo_keys, open_world, write_config
 
 from cloud import config, keyring, schema, server
@@ -139,6 +142,12 @@ def test_a_database_in_memory_is_refused(tmp_path: Path) -> None:
         config.read(path)
 
 
+def test_a_file_whose_name_is_too_long_is_missing(tmp_path: Path) -> None:
+    path = write_config(tmp_path, **{str(DEMO / "plans.toml"): "9" * 300})
+    with pytest.raises(ConfigError, match="plans: no such file"):
+        config.read(path)
+
+
 def test_a_relative_database_starts_at_the_configurations_folder(tmp_path: Path) -> None:
     path = write_config(tmp_path)
     assert config.database_url(path, config.read(path).store).database == str(tmp_path / "cloud.db")
@@ -169,6 +178,31 @@ def test_migrations_make_the_tables_that_the_code_uses(tmp_path: Path) -> None:
     with engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), schema.metadata) == []
     engine.dispose()
+
+
+def test_rights_of_before_are_due_and_their_trials_stay_had(tmp_path: Path) -> None:
+    url = sa.make_url(f"sqlite:///{tmp_path}/cloud.db")
+    settings = Config()
+    settings.set_main_option("script_location", "cloud:migrations")
+    scripts = ScriptDirectory.from_config(settings).walk_revisions()
+    before = next(str(s.down_revision) for s in scripts if "invoices_" in s.module.__name__)
+    engine = sa.create_engine(url)
+    with engine.begin() as connection:
+        settings.attributes["connection"] = connection
+        command.upgrade(settings, before)
+        vehicle = "INSERT INTO vehicles (vin, source, created_ms, enrolled_ms, last_update) VALUES"
+        connection.exec_driver_sql(f"{vehicle} ('V', 'veh-0', 0, 0, x'')")
+        for number, account, kind in ((1, "acc-1", 3), (2, "acc-1", 3), (3, "acc-2", 2)):
+            connection.exec_driver_sql(
+                "INSERT INTO entitlements VALUES (?, 'V', 'seat-heating', ?, ?, x'', 0, 0, '', 1, 0)",
+                (f"ent-{number}", account, kind),
+            )
+    engine.dispose()
+    store = Store(url)
+    had = [store.run_here(lambda tx, a=a: tx.had_trial(a, "seat-heating")) for a in ("acc-1", "acc-2")]  # type: ignore[misc]
+    assert had == [True, False]
+    assert store.run_here(lambda tx: tx.due_vehicles(0)) == ["V"]
+    store.close()
 
 
 def test_every_commit_is_synced_and_foreign_keys_hold(tmp_path: Path) -> None:

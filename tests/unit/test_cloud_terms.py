@@ -34,8 +34,10 @@ from support.cloud_world import (
 )
 from tuf.api.metadata import Metadata, Root
 
+from cloud import catalogue as cloud_catalogue
 from cloud import keyring
 from cloud.errors import StartError
+from cloud.readings import ReadingRow
 from cloud.store import Store
 from common.config import ConfigError
 from keys import catalogue
@@ -57,6 +59,14 @@ def _use(meter: str, price: int = 2) -> str:
     return f'[[plans.use_prices]]\nmeter = "{meter}"\nprice_minor = {price}\nper_units = 1000\n'
 
 
+def _tier(above: int) -> str:
+    return f"[[plans.use_prices.tiers]]\nabove_units = {above}\nprice_minor = 1\nper_units = 1000\n"
+
+
+def _quota(meter: str = "distance", hard: str = "true", more: str = "") -> str:
+    return f'[[plans.quotas]]\nmeter = "{meter}"\nlimit = 10000\nhard = {hard}\n{more}\n'
+
+
 def _config(folder: Path, plans: str) -> Path:
     (folder / "plans.toml").write_text(plans)
     return write_config(folder, **{str(DEMO / "plans.toml"): "plans.toml"})
@@ -74,7 +84,54 @@ def _run(path: Path, story: Story | None = None, now_ms: int = START_MS) -> None
 @pytest.mark.parametrize(
     ("plan", "reason"),
     [
-        (_plan("x-x", "prepaid", price=1000), "prepaid is not offered"),
+        (_plan("x-x", "prepaid", price=1000), "a prepaid plan has one, a hard one"),
+        (_plan("x-x", "prepaid", _quota(hard="false")), "a prepaid plan has one, a hard one"),
+        (_plan("x-x", "prepaid", _use("distance") + _quota()), "prepaid use is paid already"),
+        (
+            _plan("x-x", "prepaid", _quota()).replace("goes-with-account", "stays-with-vehicle"),
+            "units that were bought belong to the account",
+        ),
+        (_plan("x-x", "prepaid", _quota("speed")), "quotas: speed is no meter of drivers-logbook"),
+        (_plan("x-x", "perpetual", _quota()), "what was bought outright has no hard quota"),
+        (_plan("x-x", "pay-per-use", _use("time") + _quota(hard="false")), "needs one use price"),
+        (_plan("x-x", "pay-per-use", _use("distance") * 2), "priced more than once for the same use"),
+        (_plan("x-x", "pay-per-use", _use("distance") + _quota() * 2), "has more than one quota"),
+        (
+            _plan("x-x", "pay-per-use", _use("distance") + _quota()).replace(
+                "goes-with-account", "stays-with-vehicle"
+            ),
+            "would begin anew at a sale",
+        ),
+        (
+            _plan("x-x", "pay-per-use", _use("time") + 'dimension = "motion"\n'),
+            "given together or not at all",
+        ),
+        (
+            _plan("x-x", "pay-per-use", _use("time") + 'dimension = "motion"\nvalue = "flying"\n'),
+            "has no motion 'flying'; known: driving, parked",
+        ),
+        (
+            _plan("x-x", "pay-per-use", _use("distance") + "included_units = 9\n" + _tier(9)),
+            "above_units: expected more than 9, found 9",
+        ),
+        (
+            _plan("x-x", "pay-per-use", _use("distance") + _tier(9) + _tier(8)),
+            "expected more than 9, found 8",
+        ),
+        (
+            _plan("x-x", "pay-per-use", _use("distance") + "".join(_tier(n) for n in range(1, 10))),
+            "9 tiers are more than the limit of 8",
+        ),
+        (_plan("x-x", "pay-per-use", "payment_grace_s = 9\n" + _use("distance")), "can miss a payment"),
+        (_plan("x-x", "trial", 'period = "P1M"\nentry_minor = 1'), "a trial costs nothing"),
+        (
+            _plan("x-x", "pay-per-use", _use("distance") + _quota(more="warn_percent = [80, 50]")),
+            "ascending, each once",
+        ),
+        (
+            _plan("x-x", "pay-per-use", _use("distance") + _quota(more="warn_percent = [0]")),
+            "expected 1 to 100",
+        ),
         (_plan("x-x", "pay-per-use"), "use_prices: missing"),
         (_plan("x-x", "trial", 'period = "P1M"', price=4900), "a trial costs nothing"),
         (_plan("x-x", "trial", 'period = "P1M"\n' + _use("distance")), "a trial costs nothing"),
@@ -118,6 +175,116 @@ def test_a_price_must_fit_what_older_hardware_is_granted(tmp_path: Path) -> None
     _with_catalogue(tmp_path, path, add)
     with pytest.raises(ConfigError, match="on-time is no meter of seat-heating release 1"):
         _run(path)
+
+
+SEAT_BY_USE = """[[plans]]
+id = "seat-by-use"
+version = 1
+feature = "seat-heating"
+kind = "pay-per-use"
+title = "t"
+currency = "EUR"
+price_minor = 0
+ignition_cycles = 200
+resale = "goes-with-account"
+use_prices = [{ meter = "METER", price_minor = 3, per_units = 60000 }]
+"""
+READING = '[reading]\ndid = 0x0F41\ninterval_s = 600\nmeter = "active-time"\n\n[conditions.activate]\n'
+
+
+def _with_reading(text: str) -> str:
+    if "[reading]" in text:
+        return text
+    return text.replace("[conditions.activate]\n", READING)
+
+
+def _without_reading(text: str) -> str:
+    before, found, after = text.partition("[reading]\n")
+    return before + after[after.index("[") :] if found else text
+
+
+@pytest.mark.parametrize(
+    ("edits", "meter", "reason"),
+    [
+        ((), "active-time", 'the catalogue must say "detect-only"'),
+        ((("active-time", READING),), "active-time", 'the catalogue must say "detect-only"'),
+        ((("active-time", READING), ("by_use", "")), "heated-distance", "signs no count of heated-distance"),
+        ((("active-time", READING), ("by_use", "")), "active-time", ""),
+        ((("detect-only", ""),), "heated-distance", ""),
+    ],
+)
+def test_what_is_sold_by_use_is_counted_by_the_ecu_or_admits_that_nobody_counts(
+    tmp_path: Path, edits: tuple[tuple[str, str], ...], meter: str, reason: str
+) -> None:
+    def edit(source: Path) -> None:
+        path = source / "features/seat-heating/1.toml"
+        text = path.read_text()
+        for what, _ in edits:
+            if what == "active-time":
+                text = _with_reading(text)
+            elif what == "by_use":
+                text = text.replace("withdrawn = false", "by_use = true\nwithdrawn = false")
+            else:
+                text = text.replace('enforcement = "ecu-token"', 'enforcement = "detect-only"')
+        path.write_text(text)
+
+    path = _config(tmp_path, SEAT_BY_USE.replace("METER", meter))
+    _with_catalogue(tmp_path, path, edit)
+    if not reason:
+        _run(path)
+        return
+    with pytest.raises(ConfigError, match=reason):
+        _run(path)
+
+
+@pytest.mark.parametrize(
+    ("feature", "edits", "reason"),
+    [
+        (
+            "seat-heating",
+            [("withdrawn = false", "by_use = true\nwithdrawn = false")],
+            "by_use: the ECU signs",
+        ),
+    ],
+)
+def test_a_catalogue_that_was_signed_without_the_lint_is_not_served(
+    feature: str, edits: list[tuple[str, str]], reason: str
+) -> None:
+    text = _without_reading((DEMO / f"catalogue/features/{feature}/1.toml").read_text())
+    for old, new in edits:
+        assert old in text
+        text = text.replace(old, new)
+    with pytest.raises(StartError, match=reason):
+        cloud_catalogue._release(f"features/{feature}/1.toml", text.encode())
+
+
+def test_what_is_sold_by_use_gets_no_new_token_without_a_reading(tmp_path: Path) -> None:
+    """The ECU's own limit is all that holds an owner who has root; a visit alone must not lift it."""
+
+    def edit(source: Path) -> None:
+        path = source / "features/seat-heating/1.toml"
+        text = _with_reading(path.read_text())
+        path.write_text(text.replace("withdrawn = false", "by_use = true\nwithdrawn = false"))
+
+    async def story(world: World) -> None:
+        device = await world.device()
+        await world.grant("seat-by-use")
+        (before,) = await world.cloud.store.run(lambda tx: tx.tokens(VIN))
+        world.now_ms[0] += 400 * DAY_MS  # the set is signed anew
+        await world.connect(device).hello()
+        (after,) = await world.cloud.store.run(lambda tx: tx.tokens(VIN))
+        assert after == before
+        for is_verified, counter, renewed in ((False, 1, 1), (True, 1, 2), (True, 1, 2), (True, 2, 3)):
+            row = ReadingRow("seat-heating", is_verified=is_verified, token_counter=counter)
+            await world.cloud.store.run(lambda tx, row=row: tx.put_reading(VIN, row))  # type: ignore[misc]
+            world.now_ms[0] += 400 * DAY_MS
+            await world.connect(device).hello()
+            (after,) = await world.cloud.store.run(lambda tx: tx.tokens(VIN))
+            assert after.counter == renewed
+
+    path = _config(tmp_path, SEAT_BY_USE.replace("METER", "active-time"))
+    _with_catalogue(tmp_path, path, edit)
+    _run(path, story)
 
 
 def test_a_known_version_of_a_plan_keeps_its_terms(tmp_path: Path) -> None:

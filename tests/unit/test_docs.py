@@ -22,6 +22,7 @@ import keys.__main__
 from agent.config import AgentConfig
 from agent.features.lifecycle import diagram
 from cloud.config import CloudConfig
+from keys.lint import Reading
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_OURS = {"run", "dist", "node_modules", "__pycache__"}
@@ -219,13 +220,14 @@ def test_the_configuration_tables_hold_every_key_with_its_default(heading: str, 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_every_toml_example_holds_only_known_keys(page: Path) -> None:
-    known = _keys(AgentConfig) | _keys(CloudConfig)
+    known = _keys(AgentConfig).keys() | _keys(CloudConfig).keys()
+    known |= {f"reading.{field.name}" for field in dataclasses.fields(Reading)}
     for language, block in FENCE.findall(_text(page)):
         if language != "toml":
             continue
         for table, content in tomllib.loads(block).items():
             for part in content if isinstance(content, list) else [content]:
-                unknown = {f"{table}.{key}" for key in part} - known.keys()
+                unknown = {f"{table}.{key}" for key in part} - known
                 assert not unknown, f"{page.name}: {unknown}"
 
 

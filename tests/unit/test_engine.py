@@ -51,7 +51,7 @@ def assert_true_bill(world: World) -> None:
 def test_a_grant_is_persisted_activated_read_back_and_metered(world: World) -> None:
     granted(world)
     assert world.state() == "ACTIVE"
-    assert [purpose for _, purpose in world.ecu_jobs] == ["read back", "activate"]
+    assert [purpose for _, purpose in world.ecu_jobs] == ["read back", "activate", "reading"]
     world.run_ms(20_000)
     finish(world)
     assert world.state() == "LOCKED"
@@ -152,7 +152,7 @@ def test_after_kill_the_ecu_is_adopted_without_a_write_and_the_dead_time_is_decl
     world.boot()
     world.run_ms(10_000)
     assert world.state() == "ACTIVE"
-    assert {purpose for _, purpose in world.ecu_jobs} == {"read back"}
+    assert {purpose for _, purpose in world.ecu_jobs} == {"read back", "reading"}
     world.join_network()
     world.run_ms(2_000)
     finish(world)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -24,6 +25,8 @@ def _releases(folder: Path, *edits: tuple[str, str]) -> Path:
     source = folder / "source"
     shutil.copytree(DEMO, source)
     text = (source / "features/seat-heating/1.toml").read_text()
+    # It would name a meter that an edit takes away, which is refused for a reason of its own.
+    text = re.sub(r"\n\[reading\]\n(.+\n)+", "\n", text)
     for old, new in (("release = 1  ", "release = 2  "), *edits):
         assert old in text, old
         text = text.replace(old, new)
@@ -36,7 +39,7 @@ def _releases(folder: Path, *edits: tuple[str, str]) -> Path:
     [
         (IDENTIFIER, "ecu.identifier: expected seat-module as in release 1, found seat-module-b"),
         (NUMBER, "actuator.feature_number: expected 1 as in release 1, found 9"),
-        (('id = "active-time"', 'id = "on-time"'), "meters: expected active-time of kind duration"),
+        (('"active-time"', '"on-time"'), "meters: expected active-time of kind duration"),
         ((DURATION, DISTANCE), "active-time of kind duration as in release 1, found distance"),
     ],
     ids=["ECU", "number", "meter renamed", "meter of another kind"],

@@ -175,8 +175,8 @@ def test_everything_that_a_right_is_judged_by_is_in_the_file(tmp_path: Path) -> 
 def test_a_state_file_of_another_format_is_refused_and_not_begun_anew(tmp_path: Path) -> None:
     path = tmp_path / "seat.json"
     FileStore(path).save(EcuState())
-    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
-    with pytest.raises(StoreError, match="format 1, expected 2"):
+    path.write_text(path.read_text().replace('"format": 3', '"format": 1'))
+    with pytest.raises(StoreError, match="format 1, expected 3"):
         FileStore(path).load()
 
 

@@ -22,6 +22,9 @@ def vehicle(cloud: Cloud) -> EdgeVehicle:
     return EdgeVehicle(cloud)
 
 
+READING = bytes.fromhex("220F41")
+
+
 def rotate(cloud: Cloud, vehicle: EdgeVehicle, *, listed: bool = True) -> bytes:
     """The cloud signs tokens with a new key from now on; returns its announcement."""
     cloud.token_key = Ed25519PrivateKey.generate()
@@ -49,6 +52,7 @@ def test_an_ecu_that_lacks_the_key_gets_it_and_takes_the_token_in_the_same_job(
         ANNOUNCE + announcement,
         token(cloud),
         READ,
+        READING,
     ]
     assert (vehicle.view().state, vehicle.is_on) == ("ACTIVE", True)
     assert set(vehicle.seat.state.token_keys) == {1, 2}

@@ -29,7 +29,11 @@ def test_a_right_is_read_whole() -> None:
             ignition_cycles=5,
             operating_s=6,
         ),
-        quotas=[pb.Quota(meter_id="active-time", limit=9, hard=True)],
+        quotas=[
+            pb.Quota(
+                meter_id="active-time", limit=9, hard=True, warn_percent=[50, 80], period_starts_s=[1, 2]
+            )
+        ],
         parameters=[pb.Parameter(name="level", value="3")],
         display_terms=pb.DisplayTerms(
             price_minor=499,
@@ -45,7 +49,7 @@ def test_a_right_is_read_whole() -> None:
     assert read.plan_kind is PlanKind.SUBSCRIPTION
     assert (read.not_before_s, read.not_after_s, read.odometer_from_m, read.odometer_to_m) == (1, 2, 3, 4)
     assert (read.ignition_cycles, read.operating_s) == (5, 6)
-    assert read.quotas == (Quota("active-time", 9, hard=True),)
+    assert read.quotas == (Quota("active-time", 9, hard=True, warn_percent=(50, 80), period_starts_s=(1, 2)),)
     assert read.parameters == (("level", "3"),)
     assert not read.stays_with_vehicle
     assert read.display == {
@@ -53,7 +57,19 @@ def test_a_right_is_read_whole() -> None:
         "currency": "EUR",
         "period": "P1M",
         "renews": True,
-        "use_prices": ({"meter_id": "active-time", "price_minor": 3, "per_units": 60_000},),
+        "entry_minor": 0,
+        "payment_failed": False,
+        "use_prices": (
+            {
+                "meter_id": "active-time",
+                "price_minor": 3,
+                "per_units": 60_000,
+                "dimension": "",
+                "value": "",
+                "included_units": 0,
+                "tiers": (),
+            },
+        ),
     }
 
 
@@ -84,6 +100,10 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("perpetual", {"plan_kind": pb.PLAN_KIND_PERPETUAL, "validity": pb.Validity(ignition_cycles=5)}),
     ("quotas.meter_id", {"quotas": [pb.Quota(meter_id="", limit=1)]}),
     ("quotas.limit", {"quotas": [pb.Quota(meter_id="m", limit=0)]}),
+    ("quotas.warn_percent", {"quotas": [pb.Quota(meter_id="m", limit=1, warn_percent=[80, 50])]}),
+    ("quotas.warn_percent", {"quotas": [pb.Quota(meter_id="m", limit=1, warn_percent=[101])]}),
+    ("quotas.period_starts_s", {"quotas": [pb.Quota(meter_id="m", limit=1, period_starts_s=[5, 5])]}),
+    ("quotas.period_starts_s", {"quotas": [pb.Quota(meter_id="m", limit=1, period_starts_s=[-1])]}),
     ("quotas.meter_id", {"quotas": [pb.Quota(meter_id="m", limit=1)] * 2}),
     ("parameters.name", {"parameters": [pb.Parameter(name=" ")]}),
     ("parameters.name", {"parameters": [pb.Parameter(name="a")] * 2}),
@@ -111,6 +131,14 @@ def test_a_field_out_of_its_range_is_refused_by_name(field: str, values: dict[st
         ("rights", written(*(make_right(f"feature-{i}", i) for i in range(257)))),
         ("bytes", b"\x00" * 65_537),
         ("quotas", written(make_right(quotas=[pb.Quota(meter_id=f"m{i}", limit=1) for i in range(17)]))),
+        (
+            "warn_percent",
+            written(make_right(quotas=[pb.Quota(meter_id="m", limit=1, warn_percent=range(1, 10))])),
+        ),
+        (
+            "period_starts_s",
+            written(make_right(quotas=[pb.Quota(meter_id="m", limit=1, period_starts_s=range(1, 18))])),
+        ),
         ("parameters", written(make_right(parameters=[pb.Parameter(name=f"p{i}") for i in range(17)]))),
         ("value", written(make_right(parameters=[pb.Parameter(name="p", value="x" * 65)]))),
     ],

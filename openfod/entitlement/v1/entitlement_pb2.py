@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(openfod/entitlement/v1/entitlement.proto\x12\x16openfod.entitlement.v1\"\x83\x01\n\x13VehicleEntitlements\x12\x0b\n\x03vin\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x39\n\x0c\x65ntitlements\x18\x03 \x03(\x0b\x32#.openfod.entitlement.v1.Entitlement\x12\x13\n\x0bowner_epoch\x18\x04 \x01(\r\"\xed\x03\n\x0b\x45ntitlement\x12\x16\n\x0e\x65ntitlement_id\x18\x01 \x01(\t\x12\x12\n\nfeature_id\x18\x02 \x01(\t\x12\x13\n\x0bmin_release\x18\x03 \x01(\r\x12\x0f\n\x07\x61\x63\x63ount\x18\x04 \x01(\t\x12\x33\n\tplan_kind\x18\x05 \x01(\x0e\x32 .openfod.entitlement.v1.PlanKind\x12\x0f\n\x07plan_id\x18\x06 \x01(\t\x12\x14\n\x0cplan_version\x18\x07 \x01(\r\x12\x32\n\x08validity\x18\x08 \x01(\x0b\x32 .openfod.entitlement.v1.Validity\x12\x17\n\x0foffline_grace_s\x18\t \x01(\r\x12-\n\x06quotas\x18\n \x03(\x0b\x32\x1d.openfod.entitlement.v1.Quota\x12\x35\n\nparameters\x18\x0b \x03(\x0b\x32!.openfod.entitlement.v1.Parameter\x12.\n\x06resale\x18\x0c \x01(\x0e\x32\x1e.openfod.entitlement.v1.Resale\x12;\n\rdisplay_terms\x18\r \x01(\x0b\x32$.openfod.entitlement.v1.DisplayTerms\x12\x10\n\x08trace_id\x18\x0e \x01(\t\"\x93\x01\n\x08Validity\x12\x14\n\x0cnot_before_s\x18\x01 \x01(\x03\x12\x13\n\x0bnot_after_s\x18\x02 \x01(\x03\x12\x17\n\x0fodometer_from_m\x18\x03 \x01(\x04\x12\x15\n\rodometer_to_m\x18\x04 \x01(\x04\x12\x17\n\x0fignition_cycles\x18\x05 \x01(\r\x12\x13\n\x0boperating_s\x18\x06 \x01(\r\"6\n\x05Quota\x12\x10\n\x08meter_id\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\x04\x12\x0c\n\x04hard\x18\x03 \x01(\x08\"(\n\tParameter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\"\x8b\x01\n\x0c\x44isplayTerms\x12\x13\n\x0bprice_minor\x18\x01 \x01(\x04\x12\x10\n\x08\x63urrency\x18\x02 \x01(\t\x12\x0e\n\x06period\x18\x03 \x01(\t\x12\x0e\n\x06renews\x18\x04 \x01(\x08\x12\x34\n\nuse_prices\x18\x05 \x03(\x0b\x32 .openfod.entitlement.v1.UsePrice\"D\n\x08UsePrice\x12\x10\n\x08meter_id\x18\x01 \x01(\t\x12\x13\n\x0bprice_minor\x18\x02 \x01(\x04\x12\x11\n\tper_units\x18\x03 \x01(\x04*\xb7\x01\n\x08PlanKind\x12\x19\n\x15PLAN_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13PLAN_KIND_PERPETUAL\x10\x01\x12\x1a\n\x16PLAN_KIND_SUBSCRIPTION\x10\x02\x12\x13\n\x0fPLAN_KIND_TRIAL\x10\x03\x12\x14\n\x10PLAN_KIND_WINDOW\x10\x04\x12\x15\n\x11PLAN_KIND_PREPAID\x10\x05\x12\x19\n\x15PLAN_KIND_PAY_PER_USE\x10\x06*]\n\x06Resale\x12\x16\n\x12RESALE_UNSPECIFIED\x10\x00\x12\x1d\n\x19RESALE_STAYS_WITH_VEHICLE\x10\x01\x12\x1c\n\x18RESALE_GOES_WITH_ACCOUNT\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(openfod/entitlement/v1/entitlement.proto\x12\x16openfod.entitlement.v1\"\x83\x01\n\x13VehicleEntitlements\x12\x0b\n\x03vin\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x39\n\x0c\x65ntitlements\x18\x03 \x03(\x0b\x32#.openfod.entitlement.v1.Entitlement\x12\x13\n\x0bowner_epoch\x18\x04 \x01(\r\"\xed\x03\n\x0b\x45ntitlement\x12\x16\n\x0e\x65ntitlement_id\x18\x01 \x01(\t\x12\x12\n\nfeature_id\x18\x02 \x01(\t\x12\x13\n\x0bmin_release\x18\x03 \x01(\r\x12\x0f\n\x07\x61\x63\x63ount\x18\x04 \x01(\t\x12\x33\n\tplan_kind\x18\x05 \x01(\x0e\x32 .openfod.entitlement.v1.PlanKind\x12\x0f\n\x07plan_id\x18\x06 \x01(\t\x12\x14\n\x0cplan_version\x18\x07 \x01(\r\x12\x32\n\x08validity\x18\x08 \x01(\x0b\x32 .openfod.entitlement.v1.Validity\x12\x17\n\x0foffline_grace_s\x18\t \x01(\r\x12-\n\x06quotas\x18\n \x03(\x0b\x32\x1d.openfod.entitlement.v1.Quota\x12\x35\n\nparameters\x18\x0b \x03(\x0b\x32!.openfod.entitlement.v1.Parameter\x12.\n\x06resale\x18\x0c \x01(\x0e\x32\x1e.openfod.entitlement.v1.Resale\x12;\n\rdisplay_terms\x18\r \x01(\x0b\x32$.openfod.entitlement.v1.DisplayTerms\x12\x10\n\x08trace_id\x18\x0e \x01(\t\"\x93\x01\n\x08Validity\x12\x14\n\x0cnot_before_s\x18\x01 \x01(\x03\x12\x13\n\x0bnot_after_s\x18\x02 \x01(\x03\x12\x17\n\x0fodometer_from_m\x18\x03 \x01(\x04\x12\x15\n\rodometer_to_m\x18\x04 \x01(\x04\x12\x17\n\x0fignition_cycles\x18\x05 \x01(\r\x12\x13\n\x0boperating_s\x18\x06 \x01(\r\"e\n\x05Quota\x12\x10\n\x08meter_id\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\x04\x12\x0c\n\x04hard\x18\x03 \x01(\x08\x12\x14\n\x0cwarn_percent\x18\x04 \x03(\r\x12\x17\n\x0fperiod_starts_s\x18\x05 \x03(\x03\"(\n\tParameter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\"\xb8\x01\n\x0c\x44isplayTerms\x12\x13\n\x0bprice_minor\x18\x01 \x01(\x04\x12\x10\n\x08\x63urrency\x18\x02 \x01(\t\x12\x0e\n\x06period\x18\x03 \x01(\t\x12\x0e\n\x06renews\x18\x04 \x01(\x08\x12\x34\n\nuse_prices\x18\x05 \x03(\x0b\x32 .openfod.entitlement.v1.UsePrice\x12\x13\n\x0b\x65ntry_minor\x18\x06 \x01(\x04\x12\x16\n\x0epayment_failed\x18\x07 \x01(\x08\"\xb0\x01\n\x08UsePrice\x12\x10\n\x08meter_id\x18\x01 \x01(\t\x12\x13\n\x0bprice_minor\x18\x02 \x01(\x04\x12\x11\n\tper_units\x18\x03 \x01(\x04\x12\x11\n\tdimension\x18\x04 \x01(\t\x12\r\n\x05value\x18\x05 \x01(\t\x12\x16\n\x0eincluded_units\x18\x06 \x01(\x04\x12\x30\n\x05tiers\x18\x07 \x03(\x0b\x32!.openfod.entitlement.v1.PriceTier\"H\n\tPriceTier\x12\x13\n\x0b\x61\x62ove_units\x18\x01 \x01(\x04\x12\x13\n\x0bprice_minor\x18\x02 \x01(\x04\x12\x11\n\tper_units\x18\x03 \x01(\x04*\xb7\x01\n\x08PlanKind\x12\x19\n\x15PLAN_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13PLAN_KIND_PERPETUAL\x10\x01\x12\x1a\n\x16PLAN_KIND_SUBSCRIPTION\x10\x02\x12\x13\n\x0fPLAN_KIND_TRIAL\x10\x03\x12\x14\n\x10PLAN_KIND_WINDOW\x10\x04\x12\x15\n\x11PLAN_KIND_PREPAID\x10\x05\x12\x19\n\x15PLAN_KIND_PAY_PER_USE\x10\x06*]\n\x06Resale\x12\x16\n\x12RESALE_UNSPECIFIED\x10\x00\x12\x1d\n\x19RESALE_STAYS_WITH_VEHICLE\x10\x01\x12\x1c\n\x18RESALE_GOES_WITH_ACCOUNT\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'openfod.entitlement.v1.entitlement_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PLANKIND']._serialized_start=1159
-  _globals['_PLANKIND']._serialized_end=1342
-  _globals['_RESALE']._serialized_start=1344
-  _globals['_RESALE']._serialized_end=1437
+  _globals['_PLANKIND']._serialized_start=1434
+  _globals['_PLANKIND']._serialized_end=1617
+  _globals['_RESALE']._serialized_start=1619
+  _globals['_RESALE']._serialized_end=1712
   _globals['_VEHICLEENTITLEMENTS']._serialized_start=69
   _globals['_VEHICLEENTITLEMENTS']._serialized_end=200
   _globals['_ENTITLEMENT']._serialized_start=203
@@ -42,11 +42,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_VALIDITY']._serialized_start=699
   _globals['_VALIDITY']._serialized_end=846
   _globals['_QUOTA']._serialized_start=848
-  _globals['_QUOTA']._serialized_end=902
-  _globals['_PARAMETER']._serialized_start=904
-  _globals['_PARAMETER']._serialized_end=944
-  _globals['_DISPLAYTERMS']._serialized_start=947
-  _globals['_DISPLAYTERMS']._serialized_end=1086
-  _globals['_USEPRICE']._serialized_start=1088
-  _globals['_USEPRICE']._serialized_end=1156
+  _globals['_QUOTA']._serialized_end=949
+  _globals['_PARAMETER']._serialized_start=951
+  _globals['_PARAMETER']._serialized_end=991
+  _globals['_DISPLAYTERMS']._serialized_start=994
+  _globals['_DISPLAYTERMS']._serialized_end=1178
+  _globals['_USEPRICE']._serialized_start=1181
+  _globals['_USEPRICE']._serialized_end=1357
+  _globals['_PRICETIER']._serialized_start=1359
+  _globals['_PRICETIER']._serialized_end=1431
 # @@protoc_insertion_point(module_scope)

@@ -288,6 +288,8 @@ class Quota(_message.Message):
     METER_ID_FIELD_NUMBER: _builtins.int
     LIMIT_FIELD_NUMBER: _builtins.int
     HARD_FIELD_NUMBER: _builtins.int
+    WARN_PERCENT_FIELD_NUMBER: _builtins.int
+    PERIOD_STARTS_S_FIELD_NUMBER: _builtins.int
     meter_id: _builtins.str
     """Catalogue id of the meter; signed."""
     limit: _builtins.int
@@ -296,16 +298,31 @@ class Quota(_message.Message):
     """True: the feature is suspended at the limit. False: use beyond the limit
     is billed as overage. Signed.
     """
+    @_builtins.property
+    def warn_percent(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Parts of the limit at which the driver is warned, percent, 1 to 100,
+        ascending, at most 8; set by the director from the plan; signed.
+        """
+
+    @_builtins.property
+    def period_starts_s(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Starts of the periods that the limit is for, Unix seconds UTC, ascending,
+        at most 16: the vehicle counts from the latest one that has begun. Empty:
+        the limit is for the whole right. Set by the director; signed.
+        """
+
     def __init__(
         self,
         *,
         meter_id: _builtins.str = ...,
         limit: _builtins.int = ...,
         hard: _builtins.bool = ...,
+        warn_percent: _abc.Iterable[_builtins.int] | None = ...,
+        period_starts_s: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hard", b"hard", "limit", b"limit", "meter_id", b"meter_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hard", b"hard", "limit", b"limit", "meter_id", b"meter_id", "period_starts_s", b"period_starts_s", "warn_percent", b"warn_percent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -348,6 +365,8 @@ class DisplayTerms(_message.Message):
     PERIOD_FIELD_NUMBER: _builtins.int
     RENEWS_FIELD_NUMBER: _builtins.int
     USE_PRICES_FIELD_NUMBER: _builtins.int
+    ENTRY_MINOR_FIELD_NUMBER: _builtins.int
+    PAYMENT_FAILED_FIELD_NUMBER: _builtins.int
     price_minor: _builtins.int
     """Fixed price of one period, minor units of the currency, 0 or more; signed."""
     currency: _builtins.str
@@ -358,9 +377,17 @@ class DisplayTerms(_message.Message):
     """
     renews: _builtins.bool
     """True if the right renews by itself at the period's end; signed."""
+    entry_minor: _builtins.int
+    """Paid once when the right begins, minor units, 0 or more; signed."""
+    payment_failed: _builtins.bool
+    """True while a payment is missing: the right ends at validity.not_after_s
+    unless it is paid before; set by the cloud; signed.
+    """
     @_builtins.property
     def use_prices(self) -> _containers.RepeatedCompositeFieldContainer[Global___UsePrice]:
-        """Price of use per meter; signed."""
+        """Prices of use; of one meter at most one for each value of a dimension, and
+        one for the rest; at most 16; signed.
+        """
 
     def __init__(
         self,
@@ -370,10 +397,12 @@ class DisplayTerms(_message.Message):
         period: _builtins.str = ...,
         renews: _builtins.bool = ...,
         use_prices: _abc.Iterable[Global___UsePrice] | None = ...,
+        entry_minor: _builtins.int = ...,
+        payment_failed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["currency", b"currency", "period", b"period", "price_minor", b"price_minor", "renews", b"renews", "use_prices", b"use_prices"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["currency", b"currency", "entry_minor", b"entry_minor", "payment_failed", b"payment_failed", "period", b"period", "price_minor", b"price_minor", "renews", b"renews", "use_prices", b"use_prices"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -381,13 +410,22 @@ Global___DisplayTerms: _TypeAlias = DisplayTerms  # noqa: Y015
 
 @_typing.final
 class UsePrice(_message.Message):
-    """What using a feature costs: price_minor for each per_units units of a meter."""
+    """What using a feature costs: price_minor for each per_units units of a meter.
+
+    Of the units that one price counts in one period of the right (or in the
+    whole right, if it has no periods), the first included_units are free; the
+    others cost the price of the tier that they fall into.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     METER_ID_FIELD_NUMBER: _builtins.int
     PRICE_MINOR_FIELD_NUMBER: _builtins.int
     PER_UNITS_FIELD_NUMBER: _builtins.int
+    DIMENSION_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    INCLUDED_UNITS_FIELD_NUMBER: _builtins.int
+    TIERS_FIELD_NUMBER: _builtins.int
     meter_id: _builtins.str
     """Catalogue id of the meter; signed."""
     price_minor: _builtins.int
@@ -396,17 +434,63 @@ class UsePrice(_message.Message):
     """Units of the meter (ms, m, mWh or 1) that price_minor pays for, from 1;
     signed.
     """
+    dimension: _builtins.str
+    """Dimension whose value decides the price, such as "motion"; empty: this is
+    the price of all use of the meter that no other price names; signed.
+    """
+    value: _builtins.str
+    """Value of the dimension, such as "driving"; empty if dimension is; signed."""
+    included_units: _builtins.int
+    """Units that cost nothing, 0 or more; signed."""
+    @_builtins.property
+    def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___PriceTier]:
+        """Prices from some number of units on, ascending, at most 8; signed."""
+
     def __init__(
         self,
         *,
         meter_id: _builtins.str = ...,
         price_minor: _builtins.int = ...,
         per_units: _builtins.int = ...,
+        dimension: _builtins.str = ...,
+        value: _builtins.str = ...,
+        included_units: _builtins.int = ...,
+        tiers: _abc.Iterable[Global___PriceTier] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["meter_id", b"meter_id", "per_units", b"per_units", "price_minor", b"price_minor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dimension", b"dimension", "included_units", b"included_units", "meter_id", b"meter_id", "per_units", b"per_units", "price_minor", b"price_minor", "tiers", b"tiers", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UsePrice: _TypeAlias = UsePrice  # noqa: Y015
+
+@_typing.final
+class PriceTier(_message.Message):
+    """The price of all units beyond a number of them, up to the next tier."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ABOVE_UNITS_FIELD_NUMBER: _builtins.int
+    PRICE_MINOR_FIELD_NUMBER: _builtins.int
+    PER_UNITS_FIELD_NUMBER: _builtins.int
+    above_units: _builtins.int
+    """Units beyond which this price counts, more than included_units; signed."""
+    price_minor: _builtins.int
+    """Minor units of the currency, 0 or more; signed."""
+    per_units: _builtins.int
+    """Units of the meter that price_minor pays for, from 1; signed."""
+    def __init__(
+        self,
+        *,
+        above_units: _builtins.int = ...,
+        price_minor: _builtins.int = ...,
+        per_units: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["above_units", b"above_units", "per_units", b"per_units", "price_minor", b"price_minor"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PriceTier: _TypeAlias = PriceTier  # noqa: Y015

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from openfod.entitlement.v1 import entitlement_pb2 as _entitlement_pb2
 from openfod.usage.v1 import usage_pb2 as _usage_pb2
 from openfod.vehicle.v1 import vehicle_service_pb2 as _vehicle_service_pb2
@@ -21,6 +22,70 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _LineKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _LineKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LineKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    LINE_KIND_UNSPECIFIED: _LineKind.ValueType  # 0
+    """Never valid."""
+    LINE_KIND_ENTRY: _LineKind.ValueType  # 1
+    """What a right costs once when it begins."""
+    LINE_KIND_PERIOD: _LineKind.ValueType  # 2
+    """Periods of a right, or its single price."""
+    LINE_KIND_PURCHASE: _LineKind.ValueType  # 3
+    """Units bought ahead."""
+    LINE_KIND_USE: _LineKind.ValueType  # 4
+    """Use."""
+    LINE_KIND_OVERAGE: _LineKind.ValueType  # 5
+    """Use beyond a soft quota."""
+    LINE_KIND_CORRECTION: _LineKind.ValueType  # 6
+    """A credit or a debit."""
+
+class LineKind(_LineKind, metaclass=_LineKindEnumTypeWrapper):
+    """What a line of an invoice is."""
+
+LINE_KIND_UNSPECIFIED: LineKind.ValueType  # 0
+"""Never valid."""
+LINE_KIND_ENTRY: LineKind.ValueType  # 1
+"""What a right costs once when it begins."""
+LINE_KIND_PERIOD: LineKind.ValueType  # 2
+"""Periods of a right, or its single price."""
+LINE_KIND_PURCHASE: LineKind.ValueType  # 3
+"""Units bought ahead."""
+LINE_KIND_USE: LineKind.ValueType  # 4
+"""Use."""
+LINE_KIND_OVERAGE: LineKind.ValueType  # 5
+"""Use beyond a soft quota."""
+LINE_KIND_CORRECTION: LineKind.ValueType  # 6
+"""A credit or a debit."""
+Global___LineKind: _TypeAlias = LineKind  # noqa: Y015
+
+class _PaymentState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PaymentStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PaymentState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PAYMENT_STATE_UNSPECIFIED: _PaymentState.ValueType  # 0
+    """Never valid."""
+    PAYMENT_STATE_FAILED: _PaymentState.ValueType  # 1
+    """It failed: the right goes on for the plan's payment grace, then it ends."""
+    PAYMENT_STATE_PAID: _PaymentState.ValueType  # 2
+    """It was made: the right goes on as if it had not failed."""
+
+class PaymentState(_PaymentState, metaclass=_PaymentStateEnumTypeWrapper):
+    """How a payment went."""
+
+PAYMENT_STATE_UNSPECIFIED: PaymentState.ValueType  # 0
+"""Never valid."""
+PAYMENT_STATE_FAILED: PaymentState.ValueType  # 1
+"""It failed: the right goes on for the plan's payment grace, then it ends."""
+PAYMENT_STATE_PAID: PaymentState.ValueType  # 2
+"""It was made: the right goes on as if it had not failed."""
+Global___PaymentState: _TypeAlias = PaymentState  # noqa: Y015
+
 @_typing.final
 class Ecu(_message.Message):
     """An ECU as built into a vehicle."""
@@ -30,22 +95,28 @@ class Ecu(_message.Message):
     ECU_IDENTIFIER_FIELD_NUMBER: _builtins.int
     HARDWARE_ID_FIELD_NUMBER: _builtins.int
     ECU_UID_FIELD_NUMBER: _builtins.int
+    READING_KEY_FIELD_NUMBER: _builtins.int
     ecu_identifier: _builtins.str
     """Uptane ECU identifier, as in the catalogue, such as "seat-module"."""
     hardware_id: _builtins.str
     """Uptane hardware identifier, as in the catalogue."""
     ecu_uid: _builtins.bytes
     """Unique identifier that the ECU reports and binds its tokens to, 16 bytes."""
+    reading_key: _builtins.bytes
+    """Ed25519 public key with which the ECU signs what it counts
+    (docs/reading.md), 32 bytes; empty if it signs nothing.
+    """
     def __init__(
         self,
         *,
         ecu_identifier: _builtins.str = ...,
         hardware_id: _builtins.str = ...,
         ecu_uid: _builtins.bytes = ...,
+        reading_key: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ecu_identifier", b"ecu_identifier", "ecu_uid", b"ecu_uid", "hardware_id", b"hardware_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ecu_identifier", b"ecu_identifier", "ecu_uid", b"ecu_uid", "hardware_id", b"hardware_id", "reading_key", b"reading_key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -357,12 +428,16 @@ class EntitlementRecord(_message.Message):
     REVOKED_MS_FIELD_NUMBER: _builtins.int
     REVOKE_REASON_FIELD_NUMBER: _builtins.int
     FEATURE_STATUS_FIELD_NUMBER: _builtins.int
+    QUOTA_USES_FIELD_NUMBER: _builtins.int
+    PAYMENT_FAILED_MS_FIELD_NUMBER: _builtins.int
     granted_ms: _builtins.int
     """When it was granted, Unix milliseconds."""
     revoked_ms: _builtins.int
     """When it was revoked, Unix milliseconds; 0 if it was not."""
     revoke_reason: _builtins.str
     """Why it was revoked."""
+    payment_failed_ms: _builtins.int
+    """When a payment failed that is still missing, Unix milliseconds; 0: none."""
     @_builtins.property
     def entitlement(self) -> _entitlement_pb2.Entitlement:
         """The right."""
@@ -370,6 +445,12 @@ class EntitlementRecord(_message.Message):
     @_builtins.property
     def feature_status(self) -> _vehicle_service_pb2.FeatureStatus:
         """What the vehicle last said of its feature."""
+
+    @_builtins.property
+    def quota_uses(self) -> _containers.RepeatedCompositeFieldContainer[Global___QuotaUse]:
+        """How far its quotas are used up, by what the vehicle has uploaded; only in
+        ListEntitlements.
+        """
 
     def __init__(
         self,
@@ -379,14 +460,50 @@ class EntitlementRecord(_message.Message):
         revoked_ms: _builtins.int = ...,
         revoke_reason: _builtins.str = ...,
         feature_status: _vehicle_service_pb2.FeatureStatus | None = ...,
+        quota_uses: _abc.Iterable[Global___QuotaUse] | None = ...,
+        payment_failed_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["entitlement", b"entitlement", "feature_status", b"feature_status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entitlement", b"entitlement", "feature_status", b"feature_status", "granted_ms", b"granted_ms", "revoke_reason", b"revoke_reason", "revoked_ms", b"revoked_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entitlement", b"entitlement", "feature_status", b"feature_status", "granted_ms", b"granted_ms", "payment_failed_ms", b"payment_failed_ms", "quota_uses", b"quota_uses", "revoke_reason", b"revoke_reason", "revoked_ms", b"revoked_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EntitlementRecord: _TypeAlias = EntitlementRecord  # noqa: Y015
+
+@_typing.final
+class QuotaUse(_message.Message):
+    """How far a quota is used up."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    METER_ID_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    USED_FIELD_NUMBER: _builtins.int
+    HARD_FIELD_NUMBER: _builtins.int
+    meter_id: _builtins.str
+    """The meter."""
+    limit: _builtins.int
+    """Limit in the meter's unit."""
+    used: _builtins.int
+    """Units used, by the records that were uploaded; more may be on the vehicle."""
+    hard: _builtins.bool
+    """True: the feature is suspended at the limit."""
+    def __init__(
+        self,
+        *,
+        meter_id: _builtins.str = ...,
+        limit: _builtins.int = ...,
+        used: _builtins.int = ...,
+        hard: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hard", b"hard", "limit", b"limit", "meter_id", b"meter_id", "used", b"used"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QuotaUse: _TypeAlias = QuotaUse  # noqa: Y015
 
 @_typing.final
 class ListEntitlementsRequest(_message.Message):
@@ -550,21 +667,27 @@ Global___ListUsageResponse: _TypeAlias = ListUsageResponse  # noqa: Y015
 
 @_typing.final
 class PreviewInvoiceRequest(_message.Message):
-    """Asks for an invoice preview."""
+    """Asks for an invoice preview, of a vehicle or of an account."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     VIN_FIELD_NUMBER: _builtins.int
+    ACCOUNT_FIELD_NUMBER: _builtins.int
     vin: _builtins.str
-    """The vehicle."""
+    """The vehicle; empty if account is given."""
+    account: _builtins.str
+    """The account, over all its vehicles and with its corrections; empty if vin
+    is given.
+    """
     def __init__(
         self,
         *,
         vin: _builtins.str = ...,
+        account: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["vin", b"vin"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "vin", b"vin"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -589,6 +712,14 @@ class InvoiceLine(_message.Message):
     DECLARED_GAP_FIELD_NUMBER: _builtins.int
     TRACE_IDS_FIELD_NUMBER: _builtins.int
     PLAN_VERSION_FIELD_NUMBER: _builtins.int
+    PLAN_ID_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    PERIOD_START_MS_FIELD_NUMBER: _builtins.int
+    PERIOD_END_MS_FIELD_NUMBER: _builtins.int
+    LATE_START_MS_FIELD_NUMBER: _builtins.int
+    LATE_END_MS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    CORRECTED_INVOICE_FIELD_NUMBER: _builtins.int
     description: _builtins.str
     """What is billed, in words."""
     entitlement_id: _builtins.str
@@ -596,7 +727,7 @@ class InvoiceLine(_message.Message):
     feature_id: _builtins.str
     """The feature."""
     meter_id: _builtins.str
-    """The meter; empty for the price of a period."""
+    """The meter; empty for a fixed price and for a correction."""
     quantity: _builtins.int
     """Units used, in the meter's unit; periods for the price of a period."""
     unit: _usage_pb2.Unit.ValueType
@@ -606,14 +737,38 @@ class InvoiceLine(_message.Message):
     per_units: _builtins.int
     """Units that price_minor pays for."""
     amount_minor: _builtins.int
-    """quantity * price_minor / per_units, rounded once, half up, to minor units."""
+    """quantity * price_minor / per_units, rounded once, half up, to minor units.
+    Of a correction: negative for a credit.
+    """
     declared_gap: _builtins.int
     """Units that were declared as not metered, and are not billed."""
     plan_version: _builtins.int
     """Version of the plan's prices."""
+    plan_id: _builtins.str
+    """The plan."""
+    kind: Global___LineKind.ValueType
+    """What the line is."""
+    period_start_ms: _builtins.int
+    """Start of the period of the right in which the units are counted or that
+    is paid for, Unix milliseconds.
+    """
+    period_end_ms: _builtins.int
+    """Its end, exclusive; 0 if it has none."""
+    late_start_ms: _builtins.int
+    """Use that arrived after the invoice of its time had been closed: start of
+    the period that it belongs to, Unix milliseconds; 0 if it is not late.
+    """
+    late_end_ms: _builtins.int
+    """End of that period, exclusive; 0 if it is not late."""
+    reason: _builtins.str
+    """Why a correction was made."""
+    corrected_invoice: _builtins.int
+    """The invoice that a correction is about."""
     @_builtins.property
     def dimensions(self) -> _containers.RepeatedCompositeFieldContainer[_usage_pb2.Dimension]:
-        """Dimensions of the meter."""
+        """Dimensions of the meter; those that the price names where it has tiers,
+        included units or a soft quota.
+        """
 
     @_builtins.property
     def trace_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -635,10 +790,18 @@ class InvoiceLine(_message.Message):
         declared_gap: _builtins.int = ...,
         trace_ids: _abc.Iterable[_builtins.str] | None = ...,
         plan_version: _builtins.int = ...,
+        plan_id: _builtins.str = ...,
+        kind: Global___LineKind.ValueType = ...,
+        period_start_ms: _builtins.int = ...,
+        period_end_ms: _builtins.int = ...,
+        late_start_ms: _builtins.int = ...,
+        late_end_ms: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        corrected_invoice: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_minor", b"amount_minor", "declared_gap", b"declared_gap", "description", b"description", "dimensions", b"dimensions", "entitlement_id", b"entitlement_id", "feature_id", b"feature_id", "meter_id", b"meter_id", "per_units", b"per_units", "plan_version", b"plan_version", "price_minor", b"price_minor", "quantity", b"quantity", "trace_ids", b"trace_ids", "unit", b"unit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_minor", b"amount_minor", "corrected_invoice", b"corrected_invoice", "declared_gap", b"declared_gap", "description", b"description", "dimensions", b"dimensions", "entitlement_id", b"entitlement_id", "feature_id", b"feature_id", "kind", b"kind", "late_end_ms", b"late_end_ms", "late_start_ms", b"late_start_ms", "meter_id", b"meter_id", "per_units", b"per_units", "period_end_ms", b"period_end_ms", "period_start_ms", b"period_start_ms", "plan_id", b"plan_id", "plan_version", b"plan_version", "price_minor", b"price_minor", "quantity", b"quantity", "reason", b"reason", "trace_ids", b"trace_ids", "unit", b"unit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -679,14 +842,23 @@ class Invoice(_message.Message):
     LINES_FIELD_NUMBER: _builtins.int
     TOTAL_MINOR_FIELD_NUMBER: _builtins.int
     RATED_MS_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    PERIOD_START_MS_FIELD_NUMBER: _builtins.int
+    PERIOD_END_MS_FIELD_NUMBER: _builtins.int
     account: _builtins.str
     """Pseudonym of the account."""
     currency: _builtins.str
     """ISO 4217 code."""
     total_minor: _builtins.int
-    """Sum of the lines' amounts, minor units."""
+    """Sum of the lines' amounts, minor units; negative if credits are more."""
     rated_ms: _builtins.int
-    """When it was rated, Unix milliseconds."""
+    """As of when it was rated, Unix milliseconds; the period's end if closed."""
+    number: _builtins.int
+    """Number, from 1; 0 for a preview."""
+    period_start_ms: _builtins.int
+    """Start of the period that was closed, Unix milliseconds; 0 for a preview."""
+    period_end_ms: _builtins.int
+    """Its end, exclusive; 0 for a preview."""
     @_builtins.property
     def lines(self) -> _containers.RepeatedCompositeFieldContainer[Global___InvoiceLine]:
         """The lines."""
@@ -699,14 +871,468 @@ class Invoice(_message.Message):
         lines: _abc.Iterable[Global___InvoiceLine] | None = ...,
         total_minor: _builtins.int = ...,
         rated_ms: _builtins.int = ...,
+        number: _builtins.int = ...,
+        period_start_ms: _builtins.int = ...,
+        period_end_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "currency", b"currency", "lines", b"lines", "rated_ms", b"rated_ms", "total_minor", b"total_minor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "currency", b"currency", "lines", b"lines", "number", b"number", "period_end_ms", b"period_end_ms", "period_start_ms", b"period_start_ms", "rated_ms", b"rated_ms", "total_minor", b"total_minor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Invoice: _TypeAlias = Invoice  # noqa: Y015
+
+@_typing.final
+class CloseInvoiceRequest(_message.Message):
+    """Closes the invoices of an account for a period."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCOUNT_FIELD_NUMBER: _builtins.int
+    PERIOD_START_MS_FIELD_NUMBER: _builtins.int
+    PERIOD_END_MS_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    account: _builtins.str
+    """Pseudonym of the account."""
+    period_start_ms: _builtins.int
+    """Start of the period, Unix milliseconds; not before the end of the one that
+    was closed last. What was used before and never billed is on it as well.
+    """
+    period_end_ms: _builtins.int
+    """Its end, exclusive; not in the future."""
+    request_id: _builtins.str
+    """UUID of the request."""
+    def __init__(
+        self,
+        *,
+        account: _builtins.str = ...,
+        period_start_ms: _builtins.int = ...,
+        period_end_ms: _builtins.int = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "period_end_ms", b"period_end_ms", "period_start_ms", b"period_start_ms", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CloseInvoiceRequest: _TypeAlias = CloseInvoiceRequest  # noqa: Y015
+
+@_typing.final
+class CloseInvoiceResponse(_message.Message):
+    """Closed invoices, one for each currency."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INVOICES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def invoices(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClosedInvoice]:
+        """The invoices; empty if there was nothing to bill."""
+
+    def __init__(
+        self,
+        *,
+        invoices: _abc.Iterable[Global___ClosedInvoice] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["invoices", b"invoices"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CloseInvoiceResponse: _TypeAlias = CloseInvoiceResponse  # noqa: Y015
+
+@_typing.final
+class ClosedInvoice(_message.Message):
+    """An invoice whose lines are fixed for ever."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTENT_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    CLOSED_MS_FIELD_NUMBER: _builtins.int
+    RATED_AGAIN_FIELD_NUMBER: _builtins.int
+    content: _builtins.bytes
+    """Serialised Invoice, the same bytes for ever."""
+    sha256: _builtins.bytes
+    """SHA-256 of content."""
+    closed_ms: _builtins.int
+    """When it was closed, Unix milliseconds."""
+    rated_again: _builtins.bool
+    """True if rating its stored records and fees again gave the same bytes; only
+    where it was asked for.
+    """
+    def __init__(
+        self,
+        *,
+        content: _builtins.bytes = ...,
+        sha256: _builtins.bytes = ...,
+        closed_ms: _builtins.int = ...,
+        rated_again: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed_ms", b"closed_ms", "content", b"content", "rated_again", b"rated_again", "sha256", b"sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClosedInvoice: _TypeAlias = ClosedInvoice  # noqa: Y015
+
+@_typing.final
+class ListInvoicesRequest(_message.Message):
+    """Lists closed invoices."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCOUNT_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    RATE_AGAIN_FIELD_NUMBER: _builtins.int
+    account: _builtins.str
+    """Only of this account; empty: of all."""
+    page_token: _builtins.str
+    """First number to return, as in next_page_token; empty for the first."""
+    page_size: _builtins.int
+    """Invoices at most, 1 to 1,000; 0 means 1,000."""
+    rate_again: _builtins.bool
+    """True: rate each one again from its records and compare."""
+    def __init__(
+        self,
+        *,
+        account: _builtins.str = ...,
+        page_token: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        rate_again: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "page_size", b"page_size", "page_token", b"page_token", "rate_again", b"rate_again"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListInvoicesRequest: _TypeAlias = ListInvoicesRequest  # noqa: Y015
+
+@_typing.final
+class ListInvoicesResponse(_message.Message):
+    """Closed invoices."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INVOICES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Where the next page begins; empty at the end."""
+    @_builtins.property
+    def invoices(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClosedInvoice]:
+        """The invoices, by number."""
+
+    def __init__(
+        self,
+        *,
+        invoices: _abc.Iterable[Global___ClosedInvoice] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["invoices", b"invoices", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListInvoicesResponse: _TypeAlias = ListInvoicesResponse  # noqa: Y015
+
+@_typing.final
+class CreateCorrectionRequest(_message.Message):
+    """Corrects a closed invoice by a line of the next one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INVOICE_NUMBER_FIELD_NUMBER: _builtins.int
+    AMOUNT_MINOR_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    invoice_number: _builtins.int
+    """Number of the invoice that is corrected."""
+    amount_minor: _builtins.int
+    """Minor units of its currency: negative for a credit, positive for a debit,
+    never 0.
+    """
+    reason: _builtins.str
+    """Why, for the account and the audit log."""
+    request_id: _builtins.str
+    """UUID of the request."""
+    def __init__(
+        self,
+        *,
+        invoice_number: _builtins.int = ...,
+        amount_minor: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_minor", b"amount_minor", "invoice_number", b"invoice_number", "reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateCorrectionRequest: _TypeAlias = CreateCorrectionRequest  # noqa: Y015
+
+@_typing.final
+class CreateCorrectionResponse(_message.Message):
+    """A correction that waits for the account's next invoice."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCOUNT_FIELD_NUMBER: _builtins.int
+    CURRENCY_FIELD_NUMBER: _builtins.int
+    account: _builtins.str
+    """The account."""
+    currency: _builtins.str
+    """ISO 4217 code."""
+    def __init__(
+        self,
+        *,
+        account: _builtins.str = ...,
+        currency: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "currency", b"currency"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateCorrectionResponse: _TypeAlias = CreateCorrectionResponse  # noqa: Y015
+
+@_typing.final
+class ReportPaymentRequest(_message.Message):
+    """Says how the payment for a subscription went."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VIN_FIELD_NUMBER: _builtins.int
+    ENTITLEMENT_ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    vin: _builtins.str
+    """The vehicle."""
+    entitlement_id: _builtins.str
+    """The right."""
+    state: Global___PaymentState.ValueType
+    """How it went."""
+    request_id: _builtins.str
+    """UUID of the request."""
+    def __init__(
+        self,
+        *,
+        vin: _builtins.str = ...,
+        entitlement_id: _builtins.str = ...,
+        state: Global___PaymentState.ValueType = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entitlement_id", b"entitlement_id", "request_id", b"request_id", "state", b"state", "vin", b"vin"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportPaymentRequest: _TypeAlias = ReportPaymentRequest  # noqa: Y015
+
+@_typing.final
+class ReportPaymentResponse(_message.Message):
+    """The right after a payment."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTITLEMENT_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Version of the vehicle's set of rights that carries it."""
+    @_builtins.property
+    def entitlement(self) -> Global___EntitlementRecord:
+        """The right."""
+
+    def __init__(
+        self,
+        *,
+        entitlement: Global___EntitlementRecord | None = ...,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["entitlement", b"entitlement"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entitlement", b"entitlement", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportPaymentResponse: _TypeAlias = ReportPaymentResponse  # noqa: Y015
+
+@_typing.final
+class TopUpEntitlementRequest(_message.Message):
+    """Buys units for a prepaid right."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VIN_FIELD_NUMBER: _builtins.int
+    ENTITLEMENT_ID_FIELD_NUMBER: _builtins.int
+    PACKS_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    vin: _builtins.str
+    """The vehicle."""
+    entitlement_id: _builtins.str
+    """The right."""
+    packs: _builtins.int
+    """How many times the plan's units, 1 to 1,000."""
+    request_id: _builtins.str
+    """UUID of the request."""
+    def __init__(
+        self,
+        *,
+        vin: _builtins.str = ...,
+        entitlement_id: _builtins.str = ...,
+        packs: _builtins.int = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entitlement_id", b"entitlement_id", "packs", b"packs", "request_id", b"request_id", "vin", b"vin"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TopUpEntitlementRequest: _TypeAlias = TopUpEntitlementRequest  # noqa: Y015
+
+@_typing.final
+class TopUpEntitlementResponse(_message.Message):
+    """The right with its new units."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTITLEMENT_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Version of the vehicle's set of rights that carries it."""
+    @_builtins.property
+    def entitlement(self) -> Global___EntitlementRecord:
+        """The right."""
+
+    def __init__(
+        self,
+        *,
+        entitlement: Global___EntitlementRecord | None = ...,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["entitlement", b"entitlement"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entitlement", b"entitlement", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TopUpEntitlementResponse: _TypeAlias = TopUpEntitlementResponse  # noqa: Y015
+
+@_typing.final
+class ChangePlanRequest(_message.Message):
+    """Moves a right to other terms."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VIN_FIELD_NUMBER: _builtins.int
+    ENTITLEMENT_ID_FIELD_NUMBER: _builtins.int
+    PLAN_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    vin: _builtins.str
+    """The vehicle."""
+    entitlement_id: _builtins.str
+    """The right."""
+    plan_id: _builtins.str
+    """The plan, as in the cloud's price list: the same one for its newest
+    version, or another of the same feature, kind, period and currency.
+    """
+    request_id: _builtins.str
+    """UUID of the request."""
+    def __init__(
+        self,
+        *,
+        vin: _builtins.str = ...,
+        entitlement_id: _builtins.str = ...,
+        plan_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entitlement_id", b"entitlement_id", "plan_id", b"plan_id", "request_id", b"request_id", "vin", b"vin"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChangePlanRequest: _TypeAlias = ChangePlanRequest  # noqa: Y015
+
+@_typing.final
+class ChangePlanResponse(_message.Message):
+    """When other terms begin."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTITLEMENT_FIELD_NUMBER: _builtins.int
+    FROM_MS_FIELD_NUMBER: _builtins.int
+    PLAN_VERSION_FIELD_NUMBER: _builtins.int
+    from_ms: _builtins.int
+    """When the new terms begin, Unix milliseconds."""
+    plan_version: _builtins.int
+    """Version of the plan that counts from then on."""
+    @_builtins.property
+    def entitlement(self) -> Global___EntitlementRecord:
+        """The right as it is until then."""
+
+    def __init__(
+        self,
+        *,
+        entitlement: Global___EntitlementRecord | None = ...,
+        from_ms: _builtins.int = ...,
+        plan_version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["entitlement", b"entitlement"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entitlement", b"entitlement", "from_ms", b"from_ms", "plan_version", b"plan_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChangePlanResponse: _TypeAlias = ChangePlanResponse  # noqa: Y015
+
+@_typing.final
+class RunRenewalsRequest(_message.Message):
+    """Starts next periods and ends what has run out; doing it again changes nothing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunRenewalsRequest: _TypeAlias = RunRenewalsRequest  # noqa: Y015
+
+@_typing.final
+class RunRenewalsResponse(_message.Message):
+    """What was due."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VEHICLES_FIELD_NUMBER: _builtins.int
+    vehicles: _builtins.int
+    """Vehicles whose set of rights changed."""
+    def __init__(
+        self,
+        *,
+        vehicles: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["vehicles", b"vehicles"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunRenewalsResponse: _TypeAlias = RunRenewalsResponse  # noqa: Y015
 
 @_typing.final
 class CreateClaimRequest(_message.Message):
@@ -830,6 +1456,7 @@ class RebindEcuRequest(_message.Message):
     NEW_UID_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    NEW_READING_KEY_FIELD_NUMBER: _builtins.int
     vin: _builtins.str
     """The vehicle."""
     ecu_identifier: _builtins.str
@@ -842,6 +1469,10 @@ class RebindEcuRequest(_message.Message):
     """Why, for the audit log."""
     request_id: _builtins.str
     """UUID of the request."""
+    new_reading_key: _builtins.bytes
+    """Key with which the new ECU signs what it counts, as in Ecu; empty if it
+    signs nothing, or its key is registered already.
+    """
     def __init__(
         self,
         *,
@@ -851,10 +1482,11 @@ class RebindEcuRequest(_message.Message):
         new_uid: _builtins.bytes = ...,
         reason: _builtins.str = ...,
         request_id: _builtins.str = ...,
+        new_reading_key: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ecu_identifier", b"ecu_identifier", "new_uid", b"new_uid", "old_uid", b"old_uid", "reason", b"reason", "request_id", b"request_id", "vin", b"vin"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ecu_identifier", b"ecu_identifier", "new_reading_key", b"new_reading_key", "new_uid", b"new_uid", "old_uid", b"old_uid", "reason", b"reason", "request_id", b"request_id", "vin", b"vin"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -122,6 +122,41 @@ class OperatorServiceStub:
                 request_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.PreviewInvoiceRequest.SerializeToString,
                 response_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.PreviewInvoiceResponse.FromString,
                 _registered_method=True)
+        self.CloseInvoice = channel.unary_unary(
+                '/openfod.operator.v1.OperatorService/CloseInvoice',
+                request_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.CloseInvoiceRequest.SerializeToString,
+                response_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.CloseInvoiceResponse.FromString,
+                _registered_method=True)
+        self.ListInvoices = channel.unary_unary(
+                '/openfod.operator.v1.OperatorService/ListInvoices',
+                request_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ListInvoicesRequest.SerializeToString,
+                response_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ListInvoicesResponse.FromString,
+                _registered_method=True)
+        self.CreateCorrection = channel.unary_unary(
+                '/openfod.operator.v1.OperatorService/CreateCorrection',
+                request_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.CreateCorrectionRequest.SerializeToString,
+                response_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.CreateCorrectionResponse.FromString,
+                _registered_method=True)
+        self.ReportPayment = channel.unary_unary(
+                '/openfod.operator.v1.OperatorService/ReportPayment',
+                request_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ReportPaymentRequest.SerializeToString,
+                response_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ReportPaymentResponse.FromString,
+                _registered_method=True)
+        self.TopUpEntitlement = channel.unary_unary(
+                '/openfod.operator.v1.OperatorService/TopUpEntitlement',
+                request_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.TopUpEntitlementRequest.SerializeToString,
+                response_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.TopUpEntitlementResponse.FromString,
+                _registered_method=True)
+        self.ChangePlan = channel.unary_unary(
+                '/openfod.operator.v1.OperatorService/ChangePlan',
+                request_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ChangePlanRequest.SerializeToString,
+                response_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ChangePlanResponse.FromString,
+                _registered_method=True)
+        self.RunRenewals = channel.unary_unary(
+                '/openfod.operator.v1.OperatorService/RunRenewals',
+                request_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.RunRenewalsRequest.SerializeToString,
+                response_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.RunRenewalsResponse.FromString,
+                _registered_method=True)
 
 
 class OperatorServiceServicer:
@@ -248,7 +283,61 @@ class OperatorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PreviewInvoice(self, request, context):
-        """Rates the usage of a vehicle as of now. A preview: it closes nothing.
+        """Rates what no invoice has billed yet, as of now. A preview: it closes
+        nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CloseInvoice(self, request, context):
+        """Closes the invoices of an account for a period: their lines are fixed for
+        ever. Once more for the same period gives the same bytes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListInvoices(self, request, context):
+        """Lists closed invoices, by number.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateCorrection(self, request, context):
+        """Adds a credit or a debit to an account's next invoice. Closed invoices are
+        never edited.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReportPayment(self, request, context):
+        """Says that a payment for a subscription failed or was made.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TopUpEntitlement(self, request, context):
+        """Adds bought units to a prepaid right.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ChangePlan(self, request, context):
+        """Moves a right to another version of its plan, or to another plan, from its
+        next period on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RunRenewals(self, request, context):
+        """Starts next periods and ends what has run out, as the server does by
+        itself from time to time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -336,6 +425,41 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.PreviewInvoice,
                     request_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.PreviewInvoiceRequest.FromString,
                     response_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.PreviewInvoiceResponse.SerializeToString,
+            ),
+            'CloseInvoice': grpc.unary_unary_rpc_method_handler(
+                    servicer.CloseInvoice,
+                    request_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.CloseInvoiceRequest.FromString,
+                    response_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.CloseInvoiceResponse.SerializeToString,
+            ),
+            'ListInvoices': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListInvoices,
+                    request_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ListInvoicesRequest.FromString,
+                    response_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ListInvoicesResponse.SerializeToString,
+            ),
+            'CreateCorrection': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateCorrection,
+                    request_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.CreateCorrectionRequest.FromString,
+                    response_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.CreateCorrectionResponse.SerializeToString,
+            ),
+            'ReportPayment': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportPayment,
+                    request_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ReportPaymentRequest.FromString,
+                    response_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ReportPaymentResponse.SerializeToString,
+            ),
+            'TopUpEntitlement': grpc.unary_unary_rpc_method_handler(
+                    servicer.TopUpEntitlement,
+                    request_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.TopUpEntitlementRequest.FromString,
+                    response_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.TopUpEntitlementResponse.SerializeToString,
+            ),
+            'ChangePlan': grpc.unary_unary_rpc_method_handler(
+                    servicer.ChangePlan,
+                    request_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ChangePlanRequest.FromString,
+                    response_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ChangePlanResponse.SerializeToString,
+            ),
+            'RunRenewals': grpc.unary_unary_rpc_method_handler(
+                    servicer.RunRenewals,
+                    request_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.RunRenewalsRequest.FromString,
+                    response_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.RunRenewalsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -778,6 +902,195 @@ class OperatorService:
             '/openfod.operator.v1.OperatorService/PreviewInvoice',
             openfod_dot_operator_dot_v1_dot_operator__service__pb2.PreviewInvoiceRequest.SerializeToString,
             openfod_dot_operator_dot_v1_dot_operator__service__pb2.PreviewInvoiceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CloseInvoice(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/openfod.operator.v1.OperatorService/CloseInvoice',
+            openfod_dot_operator_dot_v1_dot_operator__service__pb2.CloseInvoiceRequest.SerializeToString,
+            openfod_dot_operator_dot_v1_dot_operator__service__pb2.CloseInvoiceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListInvoices(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/openfod.operator.v1.OperatorService/ListInvoices',
+            openfod_dot_operator_dot_v1_dot_operator__service__pb2.ListInvoicesRequest.SerializeToString,
+            openfod_dot_operator_dot_v1_dot_operator__service__pb2.ListInvoicesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateCorrection(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/openfod.operator.v1.OperatorService/CreateCorrection',
+            openfod_dot_operator_dot_v1_dot_operator__service__pb2.CreateCorrectionRequest.SerializeToString,
+            openfod_dot_operator_dot_v1_dot_operator__service__pb2.CreateCorrectionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportPayment(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/openfod.operator.v1.OperatorService/ReportPayment',
+            openfod_dot_operator_dot_v1_dot_operator__service__pb2.ReportPaymentRequest.SerializeToString,
+            openfod_dot_operator_dot_v1_dot_operator__service__pb2.ReportPaymentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TopUpEntitlement(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/openfod.operator.v1.OperatorService/TopUpEntitlement',
+            openfod_dot_operator_dot_v1_dot_operator__service__pb2.TopUpEntitlementRequest.SerializeToString,
+            openfod_dot_operator_dot_v1_dot_operator__service__pb2.TopUpEntitlementResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ChangePlan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/openfod.operator.v1.OperatorService/ChangePlan',
+            openfod_dot_operator_dot_v1_dot_operator__service__pb2.ChangePlanRequest.SerializeToString,
+            openfod_dot_operator_dot_v1_dot_operator__service__pb2.ChangePlanResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RunRenewals(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/openfod.operator.v1.OperatorService/RunRenewals',
+            openfod_dot_operator_dot_v1_dot_operator__service__pb2.RunRenewalsRequest.SerializeToString,
+            openfod_dot_operator_dot_v1_dot_operator__service__pb2.RunRenewalsResponse.FromString,
             options,
             channel_credentials,
             insecure,

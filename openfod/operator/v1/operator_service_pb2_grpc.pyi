@@ -86,7 +86,31 @@ class OperatorServiceStub:
     ListUsage: _grpc.UnaryUnaryMultiCallable[_operator_service_pb2.ListUsageRequest, _operator_service_pb2.ListUsageResponse]
     """Lists the usage records of a vehicle."""
     PreviewInvoice: _grpc.UnaryUnaryMultiCallable[_operator_service_pb2.PreviewInvoiceRequest, _operator_service_pb2.PreviewInvoiceResponse]
-    """Rates the usage of a vehicle as of now. A preview: it closes nothing."""
+    """Rates what no invoice has billed yet, as of now. A preview: it closes
+    nothing.
+    """
+    CloseInvoice: _grpc.UnaryUnaryMultiCallable[_operator_service_pb2.CloseInvoiceRequest, _operator_service_pb2.CloseInvoiceResponse]
+    """Closes the invoices of an account for a period: their lines are fixed for
+    ever. Once more for the same period gives the same bytes.
+    """
+    ListInvoices: _grpc.UnaryUnaryMultiCallable[_operator_service_pb2.ListInvoicesRequest, _operator_service_pb2.ListInvoicesResponse]
+    """Lists closed invoices, by number."""
+    CreateCorrection: _grpc.UnaryUnaryMultiCallable[_operator_service_pb2.CreateCorrectionRequest, _operator_service_pb2.CreateCorrectionResponse]
+    """Adds a credit or a debit to an account's next invoice. Closed invoices are
+    never edited.
+    """
+    ReportPayment: _grpc.UnaryUnaryMultiCallable[_operator_service_pb2.ReportPaymentRequest, _operator_service_pb2.ReportPaymentResponse]
+    """Says that a payment for a subscription failed or was made."""
+    TopUpEntitlement: _grpc.UnaryUnaryMultiCallable[_operator_service_pb2.TopUpEntitlementRequest, _operator_service_pb2.TopUpEntitlementResponse]
+    """Adds bought units to a prepaid right."""
+    ChangePlan: _grpc.UnaryUnaryMultiCallable[_operator_service_pb2.ChangePlanRequest, _operator_service_pb2.ChangePlanResponse]
+    """Moves a right to another version of its plan, or to another plan, from its
+    next period on.
+    """
+    RunRenewals: _grpc.UnaryUnaryMultiCallable[_operator_service_pb2.RunRenewalsRequest, _operator_service_pb2.RunRenewalsResponse]
+    """Starts next periods and ends what has run out, as the server does by
+    itself from time to time.
+    """
 
 @_typing.type_check_only
 class OperatorServiceAsyncStub(OperatorServiceStub):
@@ -146,7 +170,31 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     ListUsage: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.ListUsageRequest, _operator_service_pb2.ListUsageResponse]  # type: ignore[assignment]
     """Lists the usage records of a vehicle."""
     PreviewInvoice: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.PreviewInvoiceRequest, _operator_service_pb2.PreviewInvoiceResponse]  # type: ignore[assignment]
-    """Rates the usage of a vehicle as of now. A preview: it closes nothing."""
+    """Rates what no invoice has billed yet, as of now. A preview: it closes
+    nothing.
+    """
+    CloseInvoice: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.CloseInvoiceRequest, _operator_service_pb2.CloseInvoiceResponse]  # type: ignore[assignment]
+    """Closes the invoices of an account for a period: their lines are fixed for
+    ever. Once more for the same period gives the same bytes.
+    """
+    ListInvoices: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.ListInvoicesRequest, _operator_service_pb2.ListInvoicesResponse]  # type: ignore[assignment]
+    """Lists closed invoices, by number."""
+    CreateCorrection: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.CreateCorrectionRequest, _operator_service_pb2.CreateCorrectionResponse]  # type: ignore[assignment]
+    """Adds a credit or a debit to an account's next invoice. Closed invoices are
+    never edited.
+    """
+    ReportPayment: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.ReportPaymentRequest, _operator_service_pb2.ReportPaymentResponse]  # type: ignore[assignment]
+    """Says that a payment for a subscription failed or was made."""
+    TopUpEntitlement: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.TopUpEntitlementRequest, _operator_service_pb2.TopUpEntitlementResponse]  # type: ignore[assignment]
+    """Adds bought units to a prepaid right."""
+    ChangePlan: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.ChangePlanRequest, _operator_service_pb2.ChangePlanResponse]  # type: ignore[assignment]
+    """Moves a right to another version of its plan, or to another plan, from its
+    next period on.
+    """
+    RunRenewals: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.RunRenewalsRequest, _operator_service_pb2.RunRenewalsResponse]  # type: ignore[assignment]
+    """Starts next periods and ends what has run out, as the server does by
+    itself from time to time.
+    """
 
 class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
     """What an operator may do. Served over mTLS: the operator's certificate names
@@ -299,6 +347,72 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _operator_service_pb2.PreviewInvoiceRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_operator_service_pb2.PreviewInvoiceResponse, _abc.Awaitable[_operator_service_pb2.PreviewInvoiceResponse]]:
-        """Rates the usage of a vehicle as of now. A preview: it closes nothing."""
+        """Rates what no invoice has billed yet, as of now. A preview: it closes
+        nothing.
+        """
+
+    @_abc_1.abstractmethod
+    def CloseInvoice(
+        self,
+        request: _operator_service_pb2.CloseInvoiceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_service_pb2.CloseInvoiceResponse, _abc.Awaitable[_operator_service_pb2.CloseInvoiceResponse]]:
+        """Closes the invoices of an account for a period: their lines are fixed for
+        ever. Once more for the same period gives the same bytes.
+        """
+
+    @_abc_1.abstractmethod
+    def ListInvoices(
+        self,
+        request: _operator_service_pb2.ListInvoicesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_service_pb2.ListInvoicesResponse, _abc.Awaitable[_operator_service_pb2.ListInvoicesResponse]]:
+        """Lists closed invoices, by number."""
+
+    @_abc_1.abstractmethod
+    def CreateCorrection(
+        self,
+        request: _operator_service_pb2.CreateCorrectionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_service_pb2.CreateCorrectionResponse, _abc.Awaitable[_operator_service_pb2.CreateCorrectionResponse]]:
+        """Adds a credit or a debit to an account's next invoice. Closed invoices are
+        never edited.
+        """
+
+    @_abc_1.abstractmethod
+    def ReportPayment(
+        self,
+        request: _operator_service_pb2.ReportPaymentRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_service_pb2.ReportPaymentResponse, _abc.Awaitable[_operator_service_pb2.ReportPaymentResponse]]:
+        """Says that a payment for a subscription failed or was made."""
+
+    @_abc_1.abstractmethod
+    def TopUpEntitlement(
+        self,
+        request: _operator_service_pb2.TopUpEntitlementRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_service_pb2.TopUpEntitlementResponse, _abc.Awaitable[_operator_service_pb2.TopUpEntitlementResponse]]:
+        """Adds bought units to a prepaid right."""
+
+    @_abc_1.abstractmethod
+    def ChangePlan(
+        self,
+        request: _operator_service_pb2.ChangePlanRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_service_pb2.ChangePlanResponse, _abc.Awaitable[_operator_service_pb2.ChangePlanResponse]]:
+        """Moves a right to another version of its plan, or to another plan, from its
+        next period on.
+        """
+
+    @_abc_1.abstractmethod
+    def RunRenewals(
+        self,
+        request: _operator_service_pb2.RunRenewalsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_service_pb2.RunRenewalsResponse, _abc.Awaitable[_operator_service_pb2.RunRenewalsResponse]]:
+        """Starts next periods and ends what has run out, as the server does by
+        itself from time to time.
+        """
 
 def add_OperatorServiceServicer_to_server(servicer: OperatorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -260,7 +260,7 @@ class UsageRecord(_message.Message):
     """
     ecu_reading: _builtins.bytes
     """What the ECU itself says that it has counted, COSE_Sign1 by the ECU's key
-    (docs/token.md), at most 512 bytes; empty if it signs nothing; signed.
+    (docs/reading.md), at most 512 bytes; empty if it signs nothing; signed.
     """
     @_builtins.property
     def dimensions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Dimension]:
