@@ -121,6 +121,7 @@ async def start(
         signed,
         changes,
         vehicles,
+        keys.receipt_keys[0],
         claim_ttl_s=settings.enrolment.claim_ttl_s,
         ownership=settings.ownership,
         restore_window_ms=settings.restore.window_days * DAY_MS,
