@@ -341,7 +341,7 @@ def _record_problems(record: usage_pb2.UsageRecord, units: Units) -> Iterator[st
 def _merge_problems(record: usage_pb2.UsageRecord) -> Iterator[str]:
     merged = record.merged
     if not 1 <= merged.first_seq <= merged.last_seq < record.seq:
-        yield f"merged: expected a range from 1 to {record.seq - 1}, found {merged.first_seq} to {merged.last_seq}"
+        yield f"merged: expected a range before {record.seq}, found {merged.first_seq} to {merged.last_seq}"
     elif not 1 <= merged.records <= merged.last_seq - merged.first_seq + 1:
         yield f"merged: {merged.records} windows in the range from {merged.first_seq} to {merged.last_seq}"
     if record.seq - merged.last_seq > MAX_MERGE_RECORDS:
@@ -412,7 +412,7 @@ def _check_known(tx: Transaction, source: str, batch: Batch, new_from: int, head
     known = tx.usage_hashes(source, batch.journal_id, max(before.after_seq, 1), min(batch.rows[-1].seq, head))
     received = [(row.seq, row.hash, True) for row in known_rows]
     if 1 <= before.after_seq <= head:
-        received.insert(0, (before.after_seq, before.after_hash, before.after_seq == head))
+        received.insert(0, (before.after_seq, before.after_hash, False))
     for seq, digest, exact in received:
         found = known.get(seq)
         if found is None:
@@ -438,13 +438,13 @@ def _check_next(tx: Transaction, source: str, batch: Batch, new_from: int, store
             stored=overlapped.hash if overlapped else _GENESIS,
             received=row.hash,
         )
-    earlier = 0
-    if link.goes_on(row.seq) and link.merged is not None and new_from == 0:
-        group = tx.usage_contents(source, batch.journal_id, link.merged.last_seq + 1, head)
+    first, merged, earlier = batch.rows[0], batch.links[0].merged, 0
+    if merged is not None and batch.links[0].goes_on(first.seq):
+        group = tx.usage_contents(source, batch.journal_id, merged.last_seq + 1, first.seq - 1)
         links = [_link(usage_pb2.UsageRecord.FromString(content)) for content in group]
-        if not links or any(found.merged != link.merged for found in links):
+        if not links or any(found.merged != merged for found in links):
             raise MergeError(
-                f"batch: record {row.seq} stands for windows that the stored ones before it do not name"
+                f"batch: record {first.seq} stands for windows that the stored ones before it do not name"
             )
         earlier = sum(found.windows for found in links)
     _check_counts(batch, earlier)
