@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import os
 import random
 import shutil
 import signal
 import sqlite3
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -26,7 +24,7 @@ import sqlalchemy as sa
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from support.cloud_world import JOURNAL, START_MS, VIN, Device, World, record, signed_batch, write_config
-from support.signals_data import REPOSITORY
+from support.real_process import serving
 
 from cloud import ingest
 from cloud.errors import ChainError, StartError
@@ -36,7 +34,7 @@ from openfod.usage.v1 import usage_pb2
 SOURCE = "veh-0123456789abcdef"
 RECORDS = 240
 BATCH = 20
-ROUNDS = 6
+ROUNDS = 4
 READY_S = 60
 
 
@@ -227,29 +225,6 @@ def test_two_connections_at_once_store_each_record_once_in_postgresql() -> None:
 
 
 # --- a real server that is killed ------------------------------------------------------
-
-
-@contextmanager
-def serving(config: Path, log: Path) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
-    """The real program in a process of its own; killed at the end if it still runs."""
-    with (
-        log.open("a", encoding="utf-8") as errors,
-        subprocess.Popen(
-            [sys.executable, "-m", "cloud", "serve", "--config", str(config)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            cwd=REPOSITORY,
-        ) as process,
-    ):
-        try:
-            assert process.stdout is not None
-            ready = json.loads(process.stdout.readline() or "{}")
-            assert ready.get("event") == "ready", log.read_text(encoding="utf-8")
-            yield process, ready
-        finally:
-            process.kill()
 
 
 async def _send(
