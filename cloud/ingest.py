@@ -406,13 +406,13 @@ def take(tx: Transaction, vin: str, source: str, batch: Batch, key: Ed25519Priva
 
 def _check_known(tx: Transaction, source: str, batch: Batch, new_from: int, head: int) -> None:
     """What is stored already must be the same; a position that a merge removed is taken by that merge."""
-    before, known_rows = batch.links[0], batch.rows[:new_from]
-    if head == 0:
-        return
-    known = tx.usage_hashes(source, batch.journal_id, max(before.after_seq, 1), min(batch.rows[-1].seq, head))
-    received = [(row.seq, row.hash, True) for row in known_rows]
+    before = batch.links[0]
+    received = [(row.seq, row.hash, True) for row in batch.rows[:new_from]]
     if 1 <= before.after_seq <= head:
         received.insert(0, (before.after_seq, before.after_hash, False))
+    if not received:
+        return
+    known = tx.usage_hashes(source, batch.journal_id, [seq for seq, _, _ in received])
     for seq, digest, exact in received:
         found = known.get(seq)
         if found is None:

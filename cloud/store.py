@@ -563,11 +563,11 @@ class Transaction:
         query = sa.select(table.c.content).where(mine & table.c.seq.between(first, last))
         return list(self._connection.scalars(query.order_by(table.c.seq)))
 
-    def usage_hashes(self, source: str, journal_id: str, first: int, last: int) -> dict[int, bytes]:
-        """Hashes of stored records from `first` to `last`, by seq."""
+    def usage_hashes(self, source: str, journal_id: str, seqs: Sequence[int]) -> dict[int, bytes]:
+        """Hashes of those of these positions that are stored, by seq."""
         table = schema.usage_records
         mine = (table.c.source == source) & (table.c.journal_id == journal_id)
-        query = sa.select(table.c.seq, table.c.hash).where(mine & table.c.seq.between(first, last))
+        query = sa.select(table.c.seq, table.c.hash).where(mine & table.c.seq.in_(seqs))
         return {seq: digest for seq, digest in self._connection.execute(query)}  # noqa: C416 (as in status)
 
     def add_usage(
