@@ -360,6 +360,24 @@ def test_an_honest_restore_goes_on_in_a_new_journal_by_the_operators_word(tmp_pa
     play(tmp_path, story)
 
 
+def test_a_journal_behind_a_restart_may_begin_with_a_merge(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        device, stream = await opened(world)
+        sent = chain(device.source, 4)
+        await take(device, stream, sent)
+        await refuse(device, stream, chain(device.source, 1, first=2, prev_hash=digest(sent[0]), value=1))
+        await restart(world)
+        later = world.connect(device)
+        await later.hello(NEW_JOURNAL)
+        assert (await later.receive()).WhichOneof("payload") == "journal_restart"
+        fields = {"id": f"{NEW_JOURNAL}/31", **merge(device, 1, 30, digest(sent[-1]))}
+        whole = [record(device.source, 31, b"\x5a" * 32, **fields)]
+        assert await take(device, later, whole, NEW_JOURNAL) == 31
+        assert await take(device, later, whole, NEW_JOURNAL) == 31
+
+    play(tmp_path, story)
+
+
 def _moved(device: Device, journal: str, head_hash: bytes, count: int, **fields: Any) -> list[bytes]:
     records: list[bytes] = []
     for seq in range(1, count + 1):
