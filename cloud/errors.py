@@ -168,6 +168,6 @@ class BeginError(ChainError):
         follows: the stored journal whose head it names, though no restart allows that; empty if none.
     """
 
-    def __init__(self, text: str, *, follows: str = "") -> None:
-        super().__init__(text)
-        self.follows = follows
+    def __init__(self, journal_id: str, text: str, *, follows: str = "") -> None:
+        super().__init__(f"journal {journal_id} {text}")
+        self.journal_id, self.follows = journal_id, follows

@@ -99,17 +99,23 @@ def note_begun(tx: Transaction, vin: str, journal_id: str, received: bytes, now_
         _keep(tx, vin, BEGUN, journal_id, 1, text, b"", received, now_ms)
 
 
-def note_follows(
+def note_refused_begin(
     tx: Transaction, vin: str, source: str, error: BeginError, received: bytes, now_ms: int
 ) -> None:
-    """Notes a journal that goes on behind another by a restart that this database does not know."""
-    if not error.follows or not add(tx, vin, FORK, str(error), now_ms, journal=error.follows):
+    """Notes a journal that was refused, because nothing explains what its first record names.
+
+    One that names the end of a stored journal counts as a fork of that: a restart
+    may be missing in this database, and an operator can confirm it again.
+    """
+    text, head = str(error), tx.receipt(source, error.follows)
+    kind, journal_id = (FORK, error.follows) if head else (BEGUN, error.journal_id)
+    if not add(tx, vin, kind, text, now_ms, journal=journal_id):
         return
-    head = tx.receipt(source, error.follows)
-    assert head is not None  # its head is what was found
-    (stored,) = tx.usage_contents(source, error.follows, head.through_seq, head.through_seq)
-    seq = head.through_seq + 1
-    _keep(tx, vin, FORK, error.follows, seq, str(error), stored, received, now_ms)
+    seq, stored = 1, b""
+    if head is not None:
+        seq = head.through_seq + 1
+        (stored,) = tx.usage_contents(source, error.follows, head.through_seq, head.through_seq)
+    _keep(tx, vin, kind, journal_id, seq, text, stored, received, now_ms)
 
 
 def _keep(

@@ -491,7 +491,8 @@ def _begin(tx: Transaction, source: str, batch: Batch) -> bool:
             else "what is unknown here"
         )
         raise BeginError(
-            f"journal {batch.journal_id} begins with a record that names {where}; expected 32 zero bytes, or "
+            batch.journal_id,
+            f"begins with a record that names {where}; expected 32 zero bytes, or "
             "head_hash of a restart that an operator confirmed: fod-cloud vehicle restart-journal",
             follows=follows,
         )

@@ -392,7 +392,9 @@ class VehicleService(vehicle_service_pb2_grpc.VehicleServiceServicer):
             await self._store.run(lambda tx: findings.note_fork(tx, vin, source, fork, received, now_ms))
         elif isinstance(refused, BeginError):
             begun = refused
-            await self._store.run(lambda tx: findings.note_follows(tx, vin, source, begun, received, now_ms))
+            await self._store.run(
+                lambda tx: findings.note_refused_begin(tx, vin, source, begun, received, now_ms)
+            )
         stored = await self._store.run(lambda tx: tx.receipt(stream.source, journal_id))
         return pb.ConnectResponse(
             usage_refusal=pb.UsageRefusal(

@@ -406,8 +406,11 @@ def test_without_the_operators_word_no_journal_follows_another(tmp_path: Path) -
             assert "restart-journal" in refusal.error
         assert await rows(world, device) == before
         # What names the stored head is kept: a cloud restored from a backup may have forgotten the restart.
-        (found,) = await evidence(world)
+        found, *unexplained = await evidence(world)
         assert (found.journal_id, found.seq, found.stored) == (JOURNAL, 4, sent[-1])
+        # The other two say the same, and are kept once.
+        assert [(e.kind, e.journal_id, e.seq) for e in unexplained] == [("journal-begun", NEW_JOURNAL, 1)]
+        assert unexplained[0].received
         await restart(world)
         moved = _moved(device, NEW_JOURNAL, digest(sent[-1]), 2)
         answer = await stream.upload(signed_batch(device.key, device.source, moved, NEW_JOURNAL))
