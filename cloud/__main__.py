@@ -167,6 +167,23 @@ def _add_vehicle_commands(commands: argparse._SubParsersAction[argparse.Argument
     )
     rebind.add_argument("--reason", required=True, help="why, for the audit log")
 
+    evidence = _command(vehicle_commands, "evidence", "list both sides of a fork", client.list_evidence)
+    evidence.add_argument("vin", metavar="VIN")
+    evidence.add_argument("--out", type=Path, metavar="DIR", help="write the stored and the received bytes")
+
+    restart = _command(
+        vehicle_commands, "restart-journal", "confirm an honest restore of a vehicle", client.restart_journal
+    )
+    restart.add_argument("vin", metavar="VIN")
+    restart.add_argument("--journal", required=True, metavar="ID", help="that has forked, 16 hex digits")
+    restart.add_argument(
+        "--evidence", type=int, default=0, metavar="NUMBER", help="that shows where; else the lowest position"
+    )
+    restart.add_argument(
+        "--request-id", default="", metavar="UUID", help="repeat a request under its id; a new one if absent"
+    )
+    restart.add_argument("--reason", required=True, help="why, for the audit log")
+
     transfer = vehicle_commands.add_parser("transfer", help="sell a vehicle")
     transfer_commands = transfer.add_subparsers(required=True, metavar="COMMAND")
     begin = _command(transfer_commands, "begin", "make the present owner's code", client.begin_transfer)

@@ -243,6 +243,62 @@ def confirm_restore(stub: Stub, arguments: argparse.Namespace) -> int:
     return cli.EXIT_DONE
 
 
+def list_evidence(stub: Stub, arguments: argparse.Namespace) -> int:
+    """Lists what is kept of forks and of journals that began anew; with --out, writes both sides to files."""
+    answer = stub.ListEvidence(pb.ListEvidenceRequest(vin=arguments.vin), timeout=CALL_TIMEOUT_S)
+    if arguments.out is not None:
+        try:
+            arguments.out.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for found in answer.evidence:
+                for side in ("stored", "received"):
+                    if content := getattr(found, side):
+                        _write_private(arguments.out / f"{found.evidence_id}-{side}.pb", content)
+        except OSError as error:
+            return cli.fail(f"{arguments.out}: cannot be written: {error.strerror}")
+    if arguments.json:
+        return _json(answer)
+    cli.print_table(
+        ["number", "found", "kind", "journal", "position", "stored", "received", "finding"],
+        [
+            (
+                e.evidence_id,
+                _time(e.found_ms),
+                e.kind,
+                e.journal_id,
+                e.seq,
+                f"{len(e.stored)} bytes" if e.stored else "none",
+                f"{len(e.received)} bytes" if e.received else "not kept: limit",
+                e.finding,
+            )
+            for e in answer.evidence
+        ],
+    )
+    if arguments.out is not None:
+        print(f"wrote both sides to {arguments.out}: NUMBER-stored.pb (openfod.usage.v1.UsageRecord)")
+        print("and NUMBER-received.pb (openfod.usage.v1.SignedUsageBatch)")
+    return cli.EXIT_DONE
+
+
+def restart_journal(stub: Stub, arguments: argparse.Namespace) -> int:
+    """Confirms that a vehicle was honestly restored, so that its journal goes on in a new one."""
+    request = pb.RestartJournalRequest(
+        vin=arguments.vin,
+        journal_id=arguments.journal,
+        evidence_id=arguments.evidence,
+        reason=arguments.reason,
+        request_id=arguments.request_id or str(uuid.uuid4()),
+    )
+    answer = stub.RestartJournal(request, timeout=CALL_TIMEOUT_S)
+    if arguments.json:
+        return _json(answer)
+    made = answer.restart
+    print(
+        f"journal {made.journal_id} of {arguments.vin} ends at record {made.head_seq}; what is stored stays"
+    )
+    print(f"the vehicle moves its own records from {made.fork_seq} on into a new journal when it connects")
+    return cli.EXIT_DONE
+
+
 def list_audit(stub: Stub, arguments: argparse.Namespace) -> int:
     """Lists the audit log."""
     entries = list(_audit(stub, arguments.vin, alarms_only=arguments.alarms))
@@ -344,11 +400,15 @@ def watch(stub: Stub, arguments: argparse.Namespace) -> int:
 
 def list_usage(stub: Stub, arguments: argparse.Namespace) -> int:
     """Lists a vehicle's usage records."""
-    records = list(_usage(stub, arguments.vin))
+    pages = list(_usage(stub, arguments.vin))
+    records = [record for page in pages for record in page.records]
+    dates = [dated for page in pages for dated in page.dated]
     if arguments.json:
-        return _dump([_plain(record) for record in records])
+        return _dump(
+            [{**_plain(r), "dated": _plain(d)} for r, d in zip(records, dates, strict=True)],
+        )
     cli.print_table(
-        ["id", "feature", "meter", "value", "not metered", "dimensions", "from", "to", "clock"],
+        ["id", "feature", "meter", "value", "not metered", "dimensions", "from", "to", "clock", "dated"],
         [
             (
                 r.id,
@@ -360,8 +420,9 @@ def list_usage(stub: Stub, arguments: argparse.Namespace) -> int:
                 _time(r.window_start_ms),
                 _time(r.window_end_ms),
                 usage_pb2.ClockTrust.Name(r.clock_trust).removeprefix("CLOCK_TRUST_").lower(),
+                _dated(r, d),
             )
-            for r in records
+            for r, d in zip(records, dates, strict=True)
         ],
     )
     return cli.EXIT_DONE
@@ -643,11 +704,19 @@ def _follow(
     return None
 
 
-def _usage(stub: Stub, vin: str) -> Iterable[usage_pb2.UsageRecord]:
+def _dated(record: usage_pb2.UsageRecord, dated: pb.DatedWindow) -> str:
+    """How the cloud dates a record of a weak clock, and between which signed times."""
+    if record.clock_trust == usage_pb2.CLOCK_TRUST_SIGNED:
+        return "as it says"
+    bounds = f"between {_time(dated.earliest_end_ms)} and {_time(dated.latest_end_ms)}"
+    return f"{_time(dated.start_ms)} to {_time(dated.end_ms)} (ended {bounds})"
+
+
+def _usage(stub: Stub, vin: str) -> Iterable[pb.ListUsageResponse]:
     token = ""
     while True:
         page = stub.ListUsage(pb.ListUsageRequest(vin=vin, page_token=token), timeout=CALL_TIMEOUT_S)
-        yield from page.records
+        yield page
         token = page.next_page_token
         if not token:
             return

@@ -114,16 +114,64 @@ class ReadingError(CloudError):
 
 
 class ForkError(ChainError):
-    """Two histories of one journal: the same seq with another hash."""
+    """Two histories of one journal: the same seq with another hash.
 
-    def __init__(self, journal_id: str, seq: int, *, stored: bytes, received: bytes) -> None:
+    Args:
+        exact: the two differ first at `seq`; else they may differ before it already.
+        stored_in: journal that holds the stored record; empty for the same one.
+    """
+
+    def __init__(
+        self,
+        journal_id: str,
+        seq: int,
+        *,
+        stored: bytes,
+        received: bytes,
+        exact: bool = True,
+        stored_in: str = "",
+    ) -> None:
         super().__init__(
             f"record {seq} of journal {journal_id} is stored with hash {stored.hex()}, "
-            f"received with {received.hex()}; the stored one stays"
+            f"received with {received.hex()}; the stored one stays. Next: an operator reads "
+            "'fod-cloud vehicle evidence VIN', and confirms an honest restore with "
+            f"'fod-cloud vehicle restart-journal VIN --journal {journal_id}'"
         )
         self.journal_id, self.seq, self.stored, self.received = journal_id, seq, stored, received
+        self.exact, self.stored_in = exact, stored_in or journal_id
 
     @property
     def kind(self) -> str:
         """To the vehicle it is a chain that does not continue."""
         return ChainError.__name__
+
+
+class MergeError(ChainError):
+    """Windows that a record claims to stand for, and that do not fit its place in the journal."""
+
+    @property
+    def kind(self) -> str:
+        """To the vehicle it is a chain that does not continue."""
+        return ChainError.__name__
+
+
+class EndedJournalError(ChainError):
+    """Usage of a journal behind the place where an operator's word has ended it."""
+
+    def __init__(self, journal_id: str, head_seq: int) -> None:
+        super().__init__(
+            f"journal {journal_id} was ended at record {head_seq} by an operator; nothing behind is taken. "
+            "Next: the vehicle takes the signed restart, and goes on in a new journal that names it"
+        )
+
+
+class BeginError(ChainError):
+    """A journal whose first record does not name what this cloud knows to stand before it.
+
+    Args:
+        follows: the stored journal whose head it names, though no restart allows that; empty if none.
+    """
+
+    def __init__(self, journal_id: str, text: str, *, follows: str = "") -> None:
+        super().__init__(f"journal {journal_id} {text}")
+        self.journal_id, self.follows = journal_id, follows

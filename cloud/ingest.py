@@ -8,10 +8,12 @@ received and never serialised again.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cryptography.exceptions import InvalidSignature, InvalidTag
 from cryptography.hazmat.primitives import hashes
@@ -24,14 +26,19 @@ from google.protobuf.message import DecodeError
 
 from cloud.catalogue import Catalogue
 from cloud.errors import (
+    BeginError,
     ChainError,
+    EndedJournalError,
     ForeignUsageError,
     ForkError,
     MalformedUsageError,
+    MergeError,
+    NotFoundError,
+    NotPossibleError,
     TooManyJournalsError,
     UsageSignatureError,
 )
-from cloud.store import ReceiptRow, Transaction, UsageRow
+from cloud.store import JournalRestartRow, ReceiptRow, Transaction, UsageRow
 from openfod.usage.v1 import usage_pb2
 
 MAX_BATCH_RECORDS = 1_000
@@ -50,6 +57,8 @@ MAX_TEXT = 100
 """Longest identifier in a record, characters."""
 MAX_JOURNALS = 64
 """Most journals of one vehicle; a new one begins when an agent's database was lost."""
+MAX_MERGE_RECORDS = 10_000
+"""Most records that one merge leaves behind: one for each meter, right and set of dimensions."""
 NOBODYS_EPOCH = 0
 """Owner epoch of use that no right of the vehicle explains."""
 MAX_SHOWN = 64
@@ -59,6 +68,8 @@ BATCH_CONTEXT = b"openfod.usage.batch.v1\x00"
 """What a batch's signature covers before the batch."""
 RECEIPT_CONTEXT = b"openfod.usage.receipt.v1\x00"
 """What a receipt's signature covers before the receipt."""
+RESTART_CONTEXT = b"openfod.usage.restart.v1\x00"
+"""What a restart's signature covers before the restart."""
 SEALED_CONTEXT = b"openfod.usage.sealed.v1\x00"
 """What a sealed record is bound to, before the journal's identifier."""
 SEALED_EXTRA_BYTES = 48
@@ -79,23 +90,60 @@ Units = Mapping[tuple[str, str], frozenset[int]]
 """By feature and meter: the units in which it counts."""
 
 
+class Merged(NamedTuple):
+    """The range of windows that were removed on the vehicle, as all records of one merge name it."""
+
+    first_seq: int
+    last_seq: int
+    before_hash: bytes
+
+
+class Link(NamedTuple):
+    """What a record says of its place.
+
+    Args:
+        after_seq, after_hash: the record before it, across a hole that a merge left.
+        merged: the windows that it stands for, if it does.
+        windows: how many of them.
+    """
+
+    after_seq: int
+    after_hash: bytes
+    merged: Merged | None
+    windows: int
+
+    def goes_on(self, seq: int) -> bool:
+        """True for a record of a merge that is not the first behind the hole."""
+        return self.merged is not None and self.merged.last_seq != seq - 1
+
+
 @dataclass(frozen=True)
 class Batch:
-    """A verified batch: at least one record, contiguous and chained in itself."""
+    """A verified batch: at least one record, chained in itself; holes are those of merges.
+
+    Args:
+        links, entitlement_ids: of each row.
+    """
 
     journal_id: str
     rows: Sequence[UsageRow]
-    prev_hash: bytes
+    links: Sequence[Link]
+    entitlement_ids: Sequence[str]
     trace_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Taken:
-    """What was stored: the receipt as serialised, and how many records were new."""
+    """What was stored: the receipt as serialised, and how many records were new.
+
+    Args:
+        begun_anew: it began a journal though the vehicle had used another, and no restart explains that.
+    """
 
     receipt: bytes
     through_seq: int
     new_records: int
+    begun_anew: bool = False
 
 
 def units(catalogue: Catalogue) -> Units:
@@ -161,19 +209,34 @@ def verify(
         raise MalformedUsageError(
             f"batch: expected 1 to {MAX_BATCH_RECORDS} records, found {len(batch.records)}"
         )
-    rows: list[UsageRow] = []
     contents = _opened(batch, archive)
     records = [_record(content, source, batch.journal_id, units) for content in contents]
-    for content, record in zip(contents, records, strict=True):
-        if rows and record.seq != rows[-1].seq + 1:
-            raise ChainError(f"batch: seq {record.seq} follows {rows[-1].seq}; there must be no hole")
-        if rows and record.prev_hash != rows[-1].hash:
-            raise ChainError(f"batch: record {record.seq} does not name the hash of the record before it")
-        rows.append(UsageRow(batch.journal_id, record.seq, content, hashlib.sha256(content).digest()))
-    if records[0].seq == 1 and records[0].prev_hash != _GENESIS:
-        raise ChainError("batch: record 1 must name 32 zero bytes as the hash before it")
+    rows = [
+        UsageRow(batch.journal_id, record.seq, content, hashlib.sha256(content).digest())
+        for content, record in zip(contents, records, strict=True)
+    ]
+    links = [_link(record) for record in records]
+    for before, row, before_link, link in zip(rows, rows[1:], links, links[1:], strict=False):
+        if link.after_seq != before.seq:
+            raise ChainError(f"batch: seq {row.seq} follows {before.seq}; there must be no hole")
+        if link.after_hash != before.hash:
+            raise ChainError(f"batch: record {row.seq} does not name the hash of the record before it")
+        if link.goes_on(row.seq) and link.merged != before_link.merged:
+            raise MergeError(
+                f"batch: record {row.seq} stands for windows that the one before it does not name"
+            )
     traces = tuple(sorted({record.trace_id for record in records if record.trace_id}))
-    return Batch(batch.journal_id, rows, records[0].prev_hash, traces)
+    return Batch(batch.journal_id, rows, links, [record.entitlement_id for record in records], traces)
+
+
+def _link(record: usage_pb2.UsageRecord) -> Link:
+    if not record.HasField("merged"):
+        return Link(record.seq - 1, record.prev_hash, None, 0)
+    found = record.merged
+    merged = Merged(found.first_seq, found.last_seq, found.before_hash)
+    if merged.last_seq != record.seq - 1:
+        return Link(record.seq - 1, record.prev_hash, merged, found.records)
+    return Link(merged.first_seq - 1, merged.before_hash, merged, found.records)
 
 
 def _opened(batch: usage_pb2.UsageBatch, archive: Sequence[X25519PrivateKey]) -> list[bytes]:
@@ -257,6 +320,10 @@ def _record_problems(record: usage_pb2.UsageRecord, units: Units) -> Iterator[st
     for name in ("value", "gap"):
         if getattr(record, name) > MAX_VALUE:
             yield f"{name}: {getattr(record, name)} is more than {MAX_VALUE}"
+    if len(record.prev_hash) != len(_GENESIS):
+        yield f"prev_hash: expected {len(_GENESIS)} bytes, found {len(record.prev_hash)}"
+    if record.HasField("merged"):
+        yield from _merge_problems(record)
     if record.window_start_ms < 0:
         yield f"window_start_ms: expected at least 0, found {record.window_start_ms}"
     if record.window_end_ms < record.window_start_ms:
@@ -271,6 +338,18 @@ def _record_problems(record: usage_pb2.UsageRecord, units: Units) -> Iterator[st
         yield f"a text is longer than {MAX_TEXT} characters"
 
 
+def _merge_problems(record: usage_pb2.UsageRecord) -> Iterator[str]:
+    merged = record.merged
+    if not 1 <= merged.first_seq <= merged.last_seq < record.seq:
+        yield f"merged: expected a range before {record.seq}, found {merged.first_seq} to {merged.last_seq}"
+    elif not 1 <= merged.records <= merged.last_seq - merged.first_seq + 1:
+        yield f"merged: {merged.records} windows in the range from {merged.first_seq} to {merged.last_seq}"
+    if record.seq - merged.last_seq > MAX_MERGE_RECORDS:
+        yield f"merged: more than {MAX_MERGE_RECORDS} records of one merge"
+    if len(merged.before_hash) != len(_GENESIS):
+        yield f"merged: before_hash: expected {len(_GENESIS)} bytes, found {len(merged.before_hash)}"
+
+
 def take(tx: Transaction, vin: str, source: str, batch: Batch, key: Ed25519PrivateKey, now_ms: int) -> Taken:
     """Stores what is new of a verified batch, and its receipt.
 
@@ -283,42 +362,196 @@ def take(tx: Transaction, vin: str, source: str, batch: Batch, key: Ed25519Priva
         now_ms: Unix milliseconds.
 
     Raises:
-        ChainError: the batch does not continue the stored journal; ForkError if it is another one.
+        ChainError: the batch does not continue the stored journal; ForkError if it is another one,
+            BeginError if it is a new one that may not begin like this, MergeError if it stands for
+            windows that do not fit.
+        EndedJournalError: an operator's word has ended the journal before it.
         TooManyJournalsError: it begins a journal, and the vehicle has MAX_JOURNALS.
     """
     vehicle = tx.lock_vehicle(vin)  # two streams of one vehicle must not read the same head
     stored = tx.receipt(source, batch.journal_id)
-    if stored is None and tx.journals(source) >= MAX_JOURNALS:
-        raise TooManyJournalsError(
-            f"the vehicle has begun {MAX_JOURNALS} journals, the limit; nothing is stored"
-        )
     head = stored.through_seq if stored else 0
-    first, last = batch.rows[0].seq, batch.rows[-1].seq
-    if first > head + 1:
-        raise ChainError(f"batch begins at seq {first}; the journal ends at {head}, so {head + 1} is next")
-    known = tx.usage_hashes(source, batch.journal_id, max(first - 1, 1), min(last, head))
-    if first > 1 and known[first - 1] != batch.prev_hash:
-        raise ForkError(batch.journal_id, first - 1, stored=known[first - 1], received=batch.prev_hash)
-    for row in batch.rows:
-        if row.seq <= head and known[row.seq] != row.hash:
-            raise ForkError(batch.journal_id, row.seq, stored=known[row.seq], received=row.hash)
-    fresh = [row for row in batch.rows if row.seq > head]
+    new_from = next((i for i, row in enumerate(batch.rows) if row.seq > head), len(batch.rows))
+    ended = stored is not None and any(r.journal_id == batch.journal_id for r in tx.journal_restarts(source))
+    try:
+        _check_known(tx, source, batch, new_from, head)
+        if new_from < len(batch.rows):
+            _check_next(tx, source, batch, new_from, stored)
+    except ForkError as error:
+        if ended:  # two histories are what the restart is about
+            raise EndedJournalError(batch.journal_id, head) from error
+        raise
+    fresh = batch.rows[new_from:]
     if stored and not fresh:
         return Taken(_with_archive_key(tx, source, batch.journal_id, stored, key), head, 0)
+    if ended:
+        raise EndedJournalError(batch.journal_id, head)
+    begun_anew = stored is None and _begin(tx, source, batch)
     first_owner = vehicle is None or vehicle.owner_epoch == 1
-    epochs = [1] * len(fresh) if first_owner else _owner_epochs(tx, vin, fresh)
+    epochs = [1] * len(fresh) if first_owner else _owner_epochs(tx, vin, batch.entitlement_ids[new_from:])
     tx.add_usage(source, fresh, epochs, now_ms)
+    last = fresh[-1]
     receipt = usage_pb2.UsageReceipt(
         source=source,
         journal_id=batch.journal_id,
-        through_seq=last,
-        head_hash=batch.rows[-1].hash,
+        through_seq=last.seq,
+        head_hash=last.hash,
         stored_ms=now_ms,
         archive_key=archive_key(key).public_key().public_bytes_raw(),
     )
     content = _signed(receipt, key)
-    tx.put_receipt(source, batch.journal_id, ReceiptRow(last, batch.rows[-1].hash, content))
-    return Taken(content, last, len(fresh))
+    tx.put_receipt(source, batch.journal_id, ReceiptRow(last.seq, last.hash, content))
+    return Taken(content, last.seq, len(fresh), begun_anew)
+
+
+def _check_known(tx: Transaction, source: str, batch: Batch, new_from: int, head: int) -> None:
+    """What is stored already must be the same; a position that a merge removed is taken by that merge."""
+    before = batch.links[0]
+    received = [(row.seq, row.hash, True) for row in batch.rows[:new_from]]
+    if 1 <= before.after_seq <= head:
+        received.insert(0, (before.after_seq, before.after_hash, False))
+    if not received:
+        return
+    known = tx.usage_hashes(source, batch.journal_id, [seq for seq, _, _ in received])
+    for seq, digest, exact in received:
+        found = known.get(seq)
+        if found is None:
+            merge = tx.usage_at(source, batch.journal_id, seq)
+            found = merge.hash if merge else _GENESIS
+        if found != digest:
+            raise ForkError(batch.journal_id, seq, stored=found, received=digest, exact=exact)
+
+
+def _check_next(tx: Transaction, source: str, batch: Batch, new_from: int, stored: ReceiptRow | None) -> None:
+    """The first record that is not stored must stand right behind the head."""
+    row, link = batch.rows[new_from], batch.links[new_from]
+    head = stored.through_seq if stored else 0
+    if link.after_seq > head:
+        raise ChainError(
+            f"batch begins at seq {link.after_seq + 1}; the journal ends at {head}, so {head + 1} is next"
+        )
+    if link.after_seq < head:  # a merge of windows of which this cloud holds some
+        overlapped = tx.usage_at(source, batch.journal_id, link.after_seq + 1)
+        raise ForkError(
+            batch.journal_id,
+            link.after_seq + 1,
+            stored=overlapped.hash if overlapped else _GENESIS,
+            received=row.hash,
+        )
+    first, merged, earlier = batch.rows[0], batch.links[0].merged, 0
+    if merged is not None and batch.links[0].goes_on(first.seq):
+        group = tx.usage_contents(source, batch.journal_id, merged.last_seq + 1, first.seq - 1)
+        links = [_link(usage_pb2.UsageRecord.FromString(content)) for content in group]
+        if not links or any(found.merged != merged for found in links):
+            raise MergeError(
+                f"batch: record {first.seq} stands for windows that the stored ones before it do not name"
+            )
+        earlier = sum(found.windows for found in links)
+    _check_counts(batch, earlier)
+
+
+def _check_counts(batch: Batch, earlier: int) -> None:
+    """No merge stands for more windows than its range has positions.
+
+    Args:
+        earlier: windows for which stored records of the first merge stand.
+    """
+    merged: Merged | None = batch.links[0].merged
+    windows = earlier
+    for row, link in zip(batch.rows, batch.links, strict=True):
+        if link.merged is None:
+            continue
+        if link.merged != merged:
+            merged, windows = link.merged, 0
+        windows += link.windows
+        if windows > link.merged.last_seq - link.merged.first_seq + 1:
+            raise MergeError(f"batch: by record {row.seq}, a merge stands for more windows than it removed")
+
+
+def _begin(tx: Transaction, source: str, batch: Batch) -> bool:
+    """Judges the first record of a new journal; True if the vehicle has used another, unended one.
+
+    Such a journal is taken all the same: it can only add to what is billed, and to
+    refuse it would reward who wipes a disk to be rid of what was not sent yet.
+    """
+    used = tx.journals(source)
+    if used >= MAX_JOURNALS:
+        raise TooManyJournalsError(
+            f"the vehicle has begun {MAX_JOURNALS} journals, the limit; nothing is stored"
+        )
+    named, row = batch.links[0].after_hash, batch.rows[0]
+    if named == _GENESIS:
+        return used > 0
+    restart = next((r for r in tx.journal_restarts(source) if r.head_hash == named), None)
+    if restart is None:
+        follows = tx.journal_with_head(source, named)
+        where = (
+            f"the end of journal {follows}, which no operator has ended"
+            if follows
+            else "what is unknown here"
+        )
+        raise BeginError(
+            batch.journal_id,
+            f"begins with a record that names {where}; expected 32 zero bytes, or "
+            "head_hash of a restart that an operator confirmed: fod-cloud vehicle restart-journal",
+            follows=follows,
+        )
+    if restart.successor:
+        first = tx.usage_at(source, restart.successor, 1)
+        raise ForkError(
+            batch.journal_id,
+            1,
+            stored=first.hash if first else _GENESIS,
+            received=row.hash,
+            stored_in=restart.successor,
+        )
+    tx.put_journal_restart(source, dataclasses.replace(restart, successor=batch.journal_id))
+    return False
+
+
+def restart(
+    tx: Transaction, source: str, journal_id: str, fork_seq: int, key: Ed25519PrivateKey, now_ms: int
+) -> usage_pb2.JournalRestart:
+    """Ends a journal at its head by an operator's word; only a new one that names the head goes on.
+
+    Args:
+        source: the vehicle's pseudonym.
+        fork_seq: first position at which cloud and vehicle hold different records.
+        key: receipt key.
+        now_ms: Unix milliseconds.
+
+    Raises:
+        NotFoundError: nothing was taken of this journal.
+        NotPossibleError: it has ended already.
+    """
+    stored = tx.receipt(source, journal_id)
+    if stored is None:
+        raise NotFoundError(f"nothing was taken of journal {journal_id}; nothing was changed")
+    if any(row.journal_id == journal_id for row in tx.journal_restarts(source)):
+        raise NotPossibleError(f"journal {journal_id} has ended already; nothing was changed")
+    made = usage_pb2.JournalRestart(
+        source=source,
+        journal_id=journal_id,
+        fork_seq=fork_seq,
+        head_seq=stored.through_seq,
+        head_hash=stored.head_hash,
+        confirmed_ms=now_ms,
+    )
+    content = made.SerializeToString(deterministic=True)
+    signed = usage_pb2.SignedJournalRestart(restart=content, signature=key.sign(RESTART_CONTEXT + content))
+    tx.put_journal_restart(
+        source,
+        JournalRestartRow(
+            journal_id, stored.through_seq, stored.head_hash, signed.SerializeToString(deterministic=True), ""
+        ),
+    )
+    return made
+
+
+def open_restarts(tx: Transaction, source: str) -> list[usage_pb2.SignedJournalRestart]:
+    """The restarts of a vehicle's journals behind which no new one was seen yet."""
+    rows = tx.journal_restarts(source)
+    return [usage_pb2.SignedJournalRestart.FromString(row.content) for row in rows if not row.successor]
 
 
 def latest_receipt(tx: Transaction, source: str, journal_id: str, key: Ed25519PrivateKey) -> bytes | None:
@@ -354,11 +587,10 @@ def _signed(receipt: usage_pb2.UsageReceipt, key: Ed25519PrivateKey) -> bytes:
     return signed.SerializeToString(deterministic=True)
 
 
-def _owner_epochs(tx: Transaction, vin: str, rows: Sequence[UsageRow]) -> list[int]:
+def _owner_epochs(tx: Transaction, vin: str, entitlement_ids: Iterable[str]) -> list[int]:
     """The owner that each record belongs to by its right, however late it comes.
 
     A record of a right that this cloud does not know belongs to none.
     """
     epochs = {right.entitlement_id: right.owner_epoch for right in tx.entitlements(vin)}
-    records = (usage_pb2.UsageRecord.FromString(row.content) for row in rows)
-    return [epochs.get(record.entitlement_id, NOBODYS_EPOCH) for record in records]
+    return [epochs.get(entitlement_id, NOBODYS_EPOCH) for entitlement_id in entitlement_ids]

@@ -14,12 +14,13 @@ import functools
 import hashlib
 import re
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from google.protobuf.message import Message
 
-from cloud import config, enrolment, identity, invoice, rating, transfer
+from cloud import config, dating, enrolment, findings, identity, ingest, invoice, rating, transfer
 from cloud.catalogue import Catalogue
 from cloud.changes import Changes, Topic
 from cloud.errors import (
@@ -27,6 +28,7 @@ from cloud.errors import (
     ForbiddenError,
     InvalidRequestError,
     NotFoundError,
+    NotPossibleError,
     RequestError,
     SignerLimitError,
     TransferCodeError,
@@ -39,11 +41,13 @@ from cloud.rights import Rights, known_vehicle
 from cloud.store import (
     AuditRow,
     EntitlementRow,
+    EvidenceRow,
     InvoiceRow,
     OpenUsageRow,
     RequestRow,
     Store,
     Transaction,
+    UsageRow,
     VehicleRow,
 )
 from cloud.vehicle_service import VehicleService
@@ -75,12 +79,14 @@ READING_CALLS = frozenset(
         "ListUsage",
         "PreviewInvoice",
         "ListInvoices",
+        "ListEvidence",
         "ListAudit",
         "WatchFeatures",
     }
 )
 """Calls that change nothing; of those, only the ones beyond the caller's role are audited."""
 
+_JOURNAL = r"[0-9a-f]{16}"
 _ACCOUNT = r"acc-[0-9a-z-]{1,40}"
 _ENTITLEMENT = r"ent-[0-9a-f]{16}"
 _TRACE = r"([0-9a-f]{32})?"
@@ -103,6 +109,7 @@ _Writing = TypeVar(
     pb.ReportPaymentRequest,
     pb.TopUpEntitlementRequest,
     pb.ChangePlanRequest,
+    pb.RestartJournalRequest,
 )
 
 _Handler = Callable[["OperatorService", _Request, identity.Operator], Awaitable[_Response]]
@@ -138,6 +145,7 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
         changes: Changes,
         vehicles: VehicleService,
         renewals: Renewals,
+        receipt_key: Ed25519PrivateKey,
         *,
         claim_ttl_s: int,
         ownership: config.Ownership,
@@ -147,6 +155,7 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
     ) -> None:
         self._store, self._rights, self._catalogue = store, rights, catalogue
         self._changes, self._vehicles, self._renewals = changes, vehicles, renewals
+        self._receipt_key = receipt_key
         self._claim_ttl_s, self._ownership = claim_ttl_s, ownership
         self._restore_window_ms = restore_window_ms
         self._now_ms, self._random = now_ms, random
@@ -733,7 +742,74 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
         await self._store.run(lambda tx: tx.audit(operator.actor, "renew", "", now_ms, vehicles=vehicles))
         return pb.RunRenewalsResponse(vehicles=vehicles)
 
+    @_operator_call
+    async def RestartJournal(  # noqa: N802 (named by the contract)
+        self, request: pb.RestartJournalRequest, operator: identity.Operator
+    ) -> pb.RestartJournalResponse:
+        """Ends a forked journal at the cloud's head; the vehicle goes on in a new one that names it."""
+        vin = _vin(request.vin)
+        _match("journal_id", request.journal_id, _JOURNAL)
+        _reason(request.reason)
+        now_ms = self._now_ms()
+
+        def change(tx: Transaction) -> pb.RestartJournalResponse:
+            source = known_vehicle(tx, vin).source
+            fork_seq = _fork_seq(tx, vin, request.journal_id, request.evidence_id)
+            made = ingest.restart(tx, source, request.journal_id, fork_seq, self._receipt_key, now_ms)
+            tx.audit(
+                operator.actor,
+                "restart-journal",
+                vin,
+                now_ms,
+                alarm=True,
+                request_id=request.request_id,
+                reason=request.reason,
+                journal=request.journal_id,
+                fork_seq=fork_seq,
+                head_seq=made.head_seq,
+                head_hash=made.head_hash.hex(),
+            )
+            return pb.RestartJournalResponse(restart=made)
+
+        response, _ = await self._once(operator, request, pb.RestartJournalResponse, change, now_ms)
+        self._vehicles.restart_journal(vin)
+        _log.warning(
+            "journal restarted",
+            vin=vin,
+            journal=request.journal_id,
+            operator=operator.name,
+            reason=request.reason,
+        )
+        return response
+
     # --- reading ----------------------------------------------------------
+
+    @_operator_call
+    async def ListEvidence(  # noqa: N802 (named by the contract)
+        self, request: pb.ListEvidenceRequest, _operator: identity.Operator
+    ) -> pb.ListEvidenceResponse:
+        """Lists both sides of what was found about a vehicle's journals, oldest first."""
+        vin = _vin(request.vin)
+
+        def work(tx: Transaction) -> list[EvidenceRow]:
+            known_vehicle(tx, vin)
+            return tx.evidence(vin)
+
+        return pb.ListEvidenceResponse(
+            evidence=[
+                pb.JournalEvidence(
+                    evidence_id=row.id,
+                    kind=row.kind,
+                    journal_id=row.journal_id,
+                    seq=row.seq,
+                    finding=row.text,
+                    stored=row.stored,
+                    received=row.received,
+                    found_ms=row.found_ms,
+                )
+                for row in await self._store.run(work)
+            ]
+        )
 
     @_operator_call
     async def ListAudit(  # noqa: N802 (named by the contract)
@@ -840,18 +916,23 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
         size = _page_size(request.page_size)
         journal, _, seq = request.page_token.partition("/")
 
-        def work(tx: Transaction) -> pb.ListUsageResponse:
+        def work(tx: Transaction) -> tuple[list[UsageRow], dict[str, list[UsageRow]]]:
             vehicle = known_vehicle(tx, vin)
-            after = (journal, int(seq or 0))
-            rows = tx.usage(vehicle.source, after, size + 1, owner_epoch=vehicle.owner_epoch)
-            page = rows[:size]
-            more = len(rows) > size
-            return pb.ListUsageResponse(
-                records=[usage_pb2.UsageRecord.FromString(row.content) for row in page],
-                next_page_token=f"{page[-1].journal_id}/{page[-1].seq}" if more else "",
+            rows = tx.usage(
+                vehicle.source, (journal, int(seq or 0)), size + 1, owner_epoch=vehicle.owner_epoch
             )
+            # A weak clock is dated by what stands before and behind it, on whatever page.
+            weak = {row.journal_id for row in rows[:size] if dating.is_weak(row.content)}
+            return rows, {name: tx.journal(vehicle.source, name) for name in sorted(weak)}
 
-        return await self._store.run(work)
+        rows, journals = await self._store.run(work)
+        page = rows[:size]
+        return pb.ListUsageResponse(
+            records=[usage_pb2.UsageRecord.FromString(row.content) for row in page],
+            next_page_token=f"{page[-1].journal_id}/{page[-1].seq}" if len(rows) > size else "",
+            # A long journal takes seconds, for which no other vehicle should wait.
+            dated=await asyncio.to_thread(_dated, page, journals),
+        )
 
     @_operator_call
     async def PreviewInvoice(  # noqa: N802 (named by the contract)
@@ -1023,6 +1104,44 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
         if tx.request(operator.name, request_id) is None:
             row = RequestRow(_hash(request), response.SerializeToString(deterministic=True))
             tx.add_request(operator.name, request_id, row, now_ms)
+
+
+def _fork_seq(tx: Transaction, vin: str, journal_id: str, evidence_id: int) -> int:
+    """Where a journal forks: the lowest position that evidence shows, or that of one piece of it.
+
+    With the lowest, the vehicle sends everything again that may be missing; it
+    refuses one that the cloud has signed for before.
+    """
+    kept = [e for e in tx.evidence(vin) if e.journal_id == journal_id and e.kind == findings.FORK]
+    if not kept:
+        raise NotPossibleError(
+            f"nothing is known of a fork of journal {journal_id}; nothing was changed. "
+            f"See what is: fod-cloud vehicle evidence {vin}"
+        )
+    if not evidence_id:
+        return min(e.seq for e in kept)
+    found = next((e.seq for e in kept if e.id == evidence_id), None)
+    if found is None:
+        raise NotFoundError(f"evidence {evidence_id} is none of a fork of journal {journal_id}")
+    return found
+
+
+def _dated(page: Sequence[UsageRow], journals: Mapping[str, Sequence[UsageRow]]) -> list[pb.DatedWindow]:
+    """How each record of a page is dated; `journals` are whole, of those with weak clocks."""
+    found: dict[tuple[str, int], dating.Dated] = {}
+    for name, rows in journals.items():
+        windows = [dating.window(row.content, row.stored_ms) for row in rows]
+        found.update(((name, row.seq), dated) for row, dated in zip(rows, dating.dated(windows), strict=True))
+    return [
+        pb.DatedWindow(
+            start_ms=d.start_ms,
+            end_ms=d.end_ms,
+            earliest_end_ms=d.earliest_end_ms,
+            latest_end_ms=d.latest_end_ms,
+        )
+        for row in page
+        for d in [found.get((row.journal_id, row.seq)) or dating.as_signed(row.content, row.stored_ms)]
+    ]
 
 
 def _hash(request: Message) -> bytes:

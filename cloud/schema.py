@@ -191,6 +191,34 @@ readings = sa.Table(
     sa.Column("silent_days", sa.Integer, nullable=False),
 )
 
+# Where an operator's word has ended a journal; `successor` is the journal that goes on, empty before.
+journal_restarts = sa.Table(
+    "journal_restarts",
+    metadata,
+    sa.Column("source", sa.String(20), primary_key=True),
+    sa.Column("journal_id", sa.String(16), primary_key=True),
+    sa.Column("head_seq", sa.BigInteger, nullable=False),
+    sa.Column("head_hash", sa.LargeBinary(32), nullable=False),
+    sa.Column("content", sa.LargeBinary, nullable=False),
+    sa.Column("successor", sa.String(16), nullable=False),
+)
+
+# Both sides of a finding about a journal: the record as stored, the signed batch as received.
+usage_evidence = sa.Table(
+    "usage_evidence",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    _vin(),
+    sa.Column("kind", sa.String(32), nullable=False),
+    sa.Column("journal_id", sa.String(16), nullable=False),
+    sa.Column("seq", sa.BigInteger, nullable=False),
+    sa.Column("text", sa.Text, nullable=False),
+    sa.Column("stored", sa.LargeBinary, nullable=False),
+    sa.Column("received", sa.LargeBinary, nullable=False),
+    sa.Column("found_ms", sa.BigInteger, nullable=False),
+    sa.Index("ix_usage_evidence_vin", "vin"),
+)
+
 feature_status = sa.Table(
     "feature_status",
     metadata,

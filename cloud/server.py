@@ -133,6 +133,7 @@ async def start(
         changes,
         vehicles,
         renewals,
+        keys.receipt_keys[0],
         claim_ttl_s=settings.enrolment.claim_ttl_s,
         ownership=settings.ownership,
         restore_window_ms=settings.restore.window_days * DAY_MS,

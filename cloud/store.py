@@ -212,12 +212,17 @@ class TokenRow:
 
 @dataclass(frozen=True, slots=True)
 class UsageRow:
-    """One stored usage record, as received."""
+    """One stored usage record, as received.
+
+    Args:
+        stored_ms: when it was stored, Unix milliseconds; 0 before.
+    """
 
     journal_id: str
     seq: int
     content: bytes
     hash: bytes
+    stored_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +232,43 @@ class ReceiptRow:
     through_seq: int
     head_hash: bytes
     content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class JournalRestartRow:
+    """Where an operator's word has ended a journal.
+
+    Args:
+        content: serialised SignedJournalRestart.
+        successor: the journal that goes on; empty before.
+    """
+
+    journal_id: str
+    head_seq: int
+    head_hash: bytes
+    content: bytes
+    successor: str
+
+
+@dataclass(frozen=True, slots=True)
+class EvidenceRow:
+    """Both sides of a finding about a journal.
+
+    Args:
+        kind, text: of the finding.
+        seq: first position at which the two differ.
+        stored: the record as stored; empty if the cloud holds none.
+        received: serialised SignedUsageBatch; empty once the vehicle's limit was reached.
+    """
+
+    id: int
+    kind: str
+    journal_id: str
+    seq: int
+    text: str
+    stored: bytes
+    received: bytes
+    found_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -617,11 +659,47 @@ class Transaction:
         key = {"source": source, "journal_id": journal_id}
         self._put(schema.receipts, key, {name: getattr(row, name) for name in row.__slots__})
 
-    def usage_hashes(self, source: str, journal_id: str, first: int, last: int) -> dict[int, bytes]:
-        """Hashes of stored records from `first` to `last`, by seq."""
+    def journal_restarts(self, source: str) -> list[JournalRestartRow]:
+        """Where operators have ended journals of a vehicle."""
+        table = schema.journal_restarts
+        columns = [table.c[name] for name in JournalRestartRow.__slots__]
+        query = sa.select(*columns).where(table.c.source == source).order_by(table.c.journal_id)
+        return [JournalRestartRow(*row) for row in self._connection.execute(query)]
+
+    def put_journal_restart(self, source: str, row: JournalRestartRow) -> None:
+        """Keeps where a journal has ended, or what succeeded it."""
+        values = {name: getattr(row, name) for name in row.__slots__ if name != "journal_id"}
+        self._put(schema.journal_restarts, {"source": source, "journal_id": row.journal_id}, values)
+
+    def journal_with_head(self, source: str, head_hash: bytes) -> str:
+        """The journal of a vehicle whose last record has this hash; empty if there is none."""
+        table = schema.receipts
+        query = sa.select(table.c.journal_id).where(
+            (table.c.source == source) & (table.c.head_hash == head_hash)
+        )
+        return self._connection.scalar(query.order_by(table.c.journal_id).limit(1)) or ""
+
+    def usage_at(self, source: str, journal_id: str, seq: int) -> UsageRow | None:
+        """The record at a position, or the first behind it: that one stands for what a merge removed."""
+        table = schema.usage_records
+        columns = [table.c[name] for name in UsageRow.__slots__]
+        mine = (table.c.source == source) & (table.c.journal_id == journal_id) & (table.c.seq >= seq)
+        query = sa.select(*columns).where(mine).order_by(table.c.seq).limit(1)
+        row = self._connection.execute(query).one_or_none()
+        return UsageRow(*row) if row else None
+
+    def usage_contents(self, source: str, journal_id: str, first: int, last: int) -> list[bytes]:
+        """Stored records from `first` to `last`, by seq."""
         table = schema.usage_records
         mine = (table.c.source == source) & (table.c.journal_id == journal_id)
-        query = sa.select(table.c.seq, table.c.hash).where(mine & table.c.seq.between(first, last))
+        query = sa.select(table.c.content).where(mine & table.c.seq.between(first, last))
+        return list(self._connection.scalars(query.order_by(table.c.seq)))
+
+    def usage_hashes(self, source: str, journal_id: str, seqs: Sequence[int]) -> dict[int, bytes]:
+        """Hashes of those of these positions that are stored, by seq."""
+        table = schema.usage_records
+        mine = (table.c.source == source) & (table.c.journal_id == journal_id)
+        query = sa.select(table.c.seq, table.c.hash).where(mine & table.c.seq.in_(seqs))
         return {seq: digest for seq, digest in self._connection.execute(query)}  # noqa: C416 (as in status)
 
     def add_usage(
@@ -809,6 +887,14 @@ class Transaction:
         values = {name: getattr(row, name) for name in row.__slots__ if name != "feature_id"}
         self._put(schema.readings, {"vin": vin, "feature_id": row.feature_id}, values)
 
+    def journal(self, source: str, journal_id: str) -> list[UsageRow]:
+        """All records of one journal, of whatever owner, by seq."""
+        table = schema.usage_records
+        columns = [table.c[name] for name in UsageRow.__slots__]
+        mine = (table.c.source == source) & (table.c.journal_id == journal_id)
+        rows = self._connection.execute(sa.select(*columns).where(mine).order_by(table.c.seq))
+        return [UsageRow(*row) for row in rows]
+
     # --- requests, audit, catalogue ----------------------------------------
 
     def request(self, operator: str, request_id: str) -> RequestRow | None:
@@ -887,6 +973,23 @@ class Transaction:
         """Forgets the findings of one kind; the audit log keeps them."""
         table = schema.findings
         self._connection.execute(table.delete().where(table.c.vin == vin, table.c.kind == kind))
+
+    def add_evidence(self, vin: str, row: EvidenceRow) -> None:
+        """Keeps both sides of a finding; the database numbers it."""
+        values = {name: getattr(row, name) for name in row.__slots__ if name != "id"}
+        self._insert(schema.usage_evidence, {"vin": vin, **values})
+
+    def evidence(self, vin: str) -> list[EvidenceRow]:
+        """Both sides of a vehicle's findings about its journals, oldest first."""
+        table = schema.usage_evidence
+        query = sa.select(*(table.c[name] for name in EvidenceRow.__slots__)).where(table.c.vin == vin)
+        return [EvidenceRow(*row) for row in self._connection.execute(query.order_by(table.c.id))]
+
+    def evidence_bytes(self, vin: str) -> int:
+        """How many bytes of batches are kept as evidence about a vehicle."""
+        table = schema.usage_evidence
+        query = sa.select(sa.func.sum(sa.func.length(table.c.received))).where(table.c.vin == vin)
+        return int(self._connection.scalar(query) or 0)
 
     def add_restore(self, backup_ms: int, until_ms: int, now_ms: int) -> None:
         """Keeps that an operator confirmed a restore of this database."""

@@ -19,6 +19,7 @@ from cloud import attestation, enrolment, findings, identity, ingest, rights
 from cloud.changes import Changes, Topic
 from cloud.director import NONCE_BYTES
 from cloud.errors import (
+    BeginError,
     ClaimError,
     ForbiddenError,
     ForkError,
@@ -100,6 +101,7 @@ class _Stream:
         ended: why this certificate may no longer be served; empty while it may.
         nonce: offered by the vehicle and not answered yet.
         due: the vehicle is to get an update as soon as there is a nonce.
+        restart_due: an operator has ended one of its journals.
         signed_ms: time that was last signed to it.
         retried_ms: when an update was last sent again because its answer crossed a nonce.
         contact_day: newest day that was counted as one of contact, since 1970.
@@ -113,6 +115,7 @@ class _Stream:
     opened: bool = False
     nonce: bytes | None = None
     due: bool = False
+    restart_due: bool = False
     signed_ms: int = 0
     retried_ms: int = 0
     contact_day: int = 0
@@ -163,6 +166,13 @@ class VehicleService(vehicle_service_pb2_grpc.VehicleServiceServicer):
         stream = self._streams.pop(vin, None)
         if stream is not None:
             stream.ended = reason
+            stream.wake.set()
+
+    def restart_journal(self, vin: str) -> None:
+        """Sends the vehicle's restarts now, if its stream is open here; else each connect brings them."""
+        stream = self._streams.get(vin)
+        if stream is not None:
+            stream.restart_due = True
             stream.wake.set()
 
     async def Connect(  # noqa: N802 (named by the contract)
@@ -218,6 +228,9 @@ class VehicleService(vehicle_service_pb2_grpc.VehicleServiceServicer):
                     for response in await self._answer(stream, request):
                         yield response
                     read = asyncio.ensure_future(anext(requests, None))
+                if stream.restart_due and stream.opened:
+                    for response in await self._restarts(stream):
+                        yield response
                 if stream.due and stream.nonce is not None and not stream.ended:
                     for response in await self._update(stream):
                         yield response
@@ -271,7 +284,13 @@ class VehicleService(vehicle_service_pb2_grpc.VehicleServiceServicer):
         if receipt is not None:
             signed = usage_pb2.SignedUsageReceipt.FromString(receipt)
             responses.append(pb.ConnectResponse(receipt=signed))
-        return responses
+        return responses + await self._restarts(stream)
+
+    async def _restarts(self, stream: _Stream) -> list[pb.ConnectResponse]:
+        """The restarts that wait for a new journal of this vehicle."""
+        stream.restart_due = False
+        found = await self._store.run(lambda tx: ingest.open_restarts(tx, stream.source))
+        return [pb.ConnectResponse(journal_restart=signed) for signed in found]
 
     async def _update(self, stream: _Stream) -> list[pb.ConnectResponse]:
         """Answers the unused nonce; a change that comes meanwhile is due again.
@@ -348,17 +367,8 @@ class VehicleService(vehicle_service_pb2_grpc.VehicleServiceServicer):
             )
         except UsageError as error:
             return await self._refuse(stream, signed, error)
-        now_ms = self._now_ms()
-
-        def take(tx: Transaction) -> ingest.Taken:
-            taken = ingest.take(tx, stream.vin, stream.source, batch, self._receipt_key, now_ms)
-            fresh = batch.rows[len(batch.rows) - taken.new_records :]
-            attestation.follow(tx, stream.vin, fresh, self._attested, now_ms)
-            self._note_contact(tx, stream, now_ms)
-            return taken
-
         try:
-            taken = await self._store.run(take)
+            taken = await self._store.run(lambda tx: self._take(tx, stream, signed, batch))
         except UsageError as error:
             return await self._refuse(stream, signed, error)
         _log.info(
@@ -378,14 +388,33 @@ class VehicleService(vehicle_service_pb2_grpc.VehicleServiceServicer):
             stream.contact_day = day
             attestation.note_contact(tx, stream.vin, self._attested, now_ms)
 
+    def _take(
+        self, tx: Transaction, stream: _Stream, signed: usage_pb2.SignedUsageBatch, batch: ingest.Batch
+    ) -> ingest.Taken:
+        now_ms = self._now_ms()
+        taken = ingest.take(tx, stream.vin, stream.source, batch, self._receipt_key, now_ms)
+        fresh = batch.rows[len(batch.rows) - taken.new_records :]
+        attestation.follow(tx, stream.vin, fresh, self._attested, now_ms)
+        self._note_contact(tx, stream, now_ms)
+        if taken.begun_anew:
+            findings.note_begun(tx, stream.vin, batch.journal_id, signed.SerializeToString(), now_ms)
+        return taken
+
     async def _refuse(
         self, stream: _Stream, signed: usage_pb2.SignedUsageBatch, error: UsageError
     ) -> pb.ConnectResponse:
         _log.warning("usage refused", source=stream.source, error=error.kind, reason=str(error))
         journal_id = ingest.claimed_journal(signed)
-        if isinstance(error, ForkError):
-            fork, now_ms = error, self._now_ms()
-            await self._store.run(lambda tx: findings.note_fork(tx, stream.vin, fork, now_ms))
+        refused, now_ms = error, self._now_ms()
+        vin, source, received = stream.vin, stream.source, signed.SerializeToString()
+        if isinstance(refused, ForkError):
+            fork = refused
+            await self._store.run(lambda tx: findings.note_fork(tx, vin, source, fork, received, now_ms))
+        elif isinstance(refused, BeginError):
+            begun = refused
+            await self._store.run(
+                lambda tx: findings.note_refused_begin(tx, vin, source, begun, received, now_ms)
+            )
         stored = await self._store.run(lambda tx: tx.receipt(stream.source, journal_id))
         return pb.ConnectResponse(
             usage_refusal=pb.UsageRefusal(

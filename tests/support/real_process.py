@@ -118,6 +118,29 @@ def running(folder: Path) -> Iterator[Running]:
 
 
 @contextmanager
+def serving(config: Path, log: Path) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+    """The real program in a process of its own; killed at the end if it still runs."""
+    with (
+        log.open("a", encoding="utf-8") as errors,
+        subprocess.Popen(
+            [sys.executable, "-m", "cloud", "serve", "--config", str(config)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            cwd=REPOSITORY,
+        ) as process,
+    ):
+        try:
+            assert process.stdout is not None
+            ready = json.loads(process.stdout.readline() or "{}")
+            assert ready.get("event") == "ready", log.read_text(encoding="utf-8")
+            yield process, ready
+        finally:
+            process.kill()
+
+
+@contextmanager
 def _process(arguments: list[str], log: Path) -> Iterator[subprocess.Popen[str]]:
     """Runs a program of ours; one that does not end with exit code 0 fails the test."""
     with (

@@ -645,25 +645,71 @@ class ListUsageResponse(_message.Message):
 
     RECORDS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    DATED_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """Where the next page begins; empty at the end."""
     @_builtins.property
     def records(self) -> _containers.RepeatedCompositeFieldContainer[_usage_pb2.UsageRecord]:
         """Records in the order of (journal, seq)."""
 
+    @_builtins.property
+    def dated(self) -> _containers.RepeatedCompositeFieldContainer[Global___DatedWindow]:
+        """How the cloud dates each record, in the same order."""
+
     def __init__(
         self,
         *,
         records: _abc.Iterable[_usage_pb2.UsageRecord] | None = ...,
         next_page_token: _builtins.str = ...,
+        dated: _abc.Iterable[Global___DatedWindow] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "records", b"records"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dated", b"dated", "next_page_token", b"next_page_token", "records", b"records"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListUsageResponse: _TypeAlias = ListUsageResponse  # noqa: Y015
+
+@_typing.final
+class DatedWindow(_message.Message):
+    """When a record's window was, as far as signed times say. Records are never
+    edited: this is made anew at each reading.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_MS_FIELD_NUMBER: _builtins.int
+    END_MS_FIELD_NUMBER: _builtins.int
+    EARLIEST_END_MS_FIELD_NUMBER: _builtins.int
+    LATEST_END_MS_FIELD_NUMBER: _builtins.int
+    start_ms: _builtins.int
+    """Start, Unix milliseconds: the record's own if its clock_trust is SIGNED,
+    else the end less the length that the monotonic clock measured.
+    """
+    end_ms: _builtins.int
+    """End, Unix milliseconds: the record's own if its clock_trust is SIGNED, else
+    moved into the bounds, and never before the end of a weak record before it.
+    """
+    earliest_end_ms: _builtins.int
+    """The end is not before this, Unix milliseconds; 0 if no signed time says so."""
+    latest_end_ms: _builtins.int
+    """The end is not after this, Unix milliseconds."""
+    def __init__(
+        self,
+        *,
+        start_ms: _builtins.int = ...,
+        end_ms: _builtins.int = ...,
+        earliest_end_ms: _builtins.int = ...,
+        latest_end_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["earliest_end_ms", b"earliest_end_ms", "end_ms", b"end_ms", "latest_end_ms", b"latest_end_ms", "start_ms", b"start_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DatedWindow: _TypeAlias = DatedWindow  # noqa: Y015
 
 @_typing.final
 class PreviewInvoiceRequest(_message.Message):
@@ -1858,3 +1904,165 @@ class AuditEntry(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AuditEntry: _TypeAlias = AuditEntry  # noqa: Y015
+
+@_typing.final
+class ListEvidenceRequest(_message.Message):
+    """Lists the evidence about a vehicle's journals."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VIN_FIELD_NUMBER: _builtins.int
+    vin: _builtins.str
+    """The vehicle."""
+    def __init__(
+        self,
+        *,
+        vin: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["vin", b"vin"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListEvidenceRequest: _TypeAlias = ListEvidenceRequest  # noqa: Y015
+
+@_typing.final
+class ListEvidenceResponse(_message.Message):
+    """Evidence about a vehicle's journals."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVIDENCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def evidence(self) -> _containers.RepeatedCompositeFieldContainer[Global___JournalEvidence]:
+        """The evidence, oldest first, at most 128 pieces."""
+
+    def __init__(
+        self,
+        *,
+        evidence: _abc.Iterable[Global___JournalEvidence] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evidence", b"evidence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListEvidenceResponse: _TypeAlias = ListEvidenceResponse  # noqa: Y015
+
+@_typing.final
+class JournalEvidence(_message.Message):
+    """Both sides of a finding about a journal."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVIDENCE_ID_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    JOURNAL_ID_FIELD_NUMBER: _builtins.int
+    SEQ_FIELD_NUMBER: _builtins.int
+    FINDING_FIELD_NUMBER: _builtins.int
+    STORED_FIELD_NUMBER: _builtins.int
+    RECEIVED_FIELD_NUMBER: _builtins.int
+    FOUND_MS_FIELD_NUMBER: _builtins.int
+    evidence_id: _builtins.int
+    """Number, unique in this cloud; set by the cloud."""
+    kind: _builtins.str
+    """"journal-fork" or "journal-begun"; set by the cloud."""
+    journal_id: _builtins.str
+    """The journal, as the vehicle named it."""
+    seq: _builtins.int
+    """First position at which stored and received differ, as far as the batch
+    shows; set by the cloud.
+    """
+    finding: _builtins.str
+    """What was found, in words; set by the cloud."""
+    stored: _builtins.bytes
+    """The record as stored, a UsageRecord; empty if the cloud holds none."""
+    received: _builtins.bytes
+    """The batch as received, a SignedUsageBatch signed by the vehicle's device
+    key; empty if 16 MiB of batches were kept of this vehicle before it.
+    """
+    found_ms: _builtins.int
+    """When it was found, Unix milliseconds; set by the cloud."""
+    def __init__(
+        self,
+        *,
+        evidence_id: _builtins.int = ...,
+        kind: _builtins.str = ...,
+        journal_id: _builtins.str = ...,
+        seq: _builtins.int = ...,
+        finding: _builtins.str = ...,
+        stored: _builtins.bytes = ...,
+        received: _builtins.bytes = ...,
+        found_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evidence_id", b"evidence_id", "finding", b"finding", "found_ms", b"found_ms", "journal_id", b"journal_id", "kind", b"kind", "received", b"received", "seq", b"seq", "stored", b"stored"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JournalEvidence: _TypeAlias = JournalEvidence  # noqa: Y015
+
+@_typing.final
+class RestartJournalRequest(_message.Message):
+    """Ends a forked journal."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VIN_FIELD_NUMBER: _builtins.int
+    JOURNAL_ID_FIELD_NUMBER: _builtins.int
+    EVIDENCE_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    vin: _builtins.str
+    """The vehicle."""
+    journal_id: _builtins.str
+    """The journal, 16 hex digits, of which there is evidence of a fork."""
+    evidence_id: _builtins.int
+    """Evidence that shows where it forks; 0 for the one with the lowest position."""
+    reason: _builtins.str
+    """Why, for the audit log, 1 to 256 characters."""
+    request_id: _builtins.str
+    """UUID of the request."""
+    def __init__(
+        self,
+        *,
+        vin: _builtins.str = ...,
+        journal_id: _builtins.str = ...,
+        evidence_id: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evidence_id", b"evidence_id", "journal_id", b"journal_id", "reason", b"reason", "request_id", b"request_id", "vin", b"vin"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RestartJournalRequest: _TypeAlias = RestartJournalRequest  # noqa: Y015
+
+@_typing.final
+class RestartJournalResponse(_message.Message):
+    """An ended journal."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESTART_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def restart(self) -> _usage_pb2.JournalRestart:
+        """What was signed, and is sent to the vehicle."""
+
+    def __init__(
+        self,
+        *,
+        restart: _usage_pb2.JournalRestart | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["restart", b"restart"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["restart", b"restart"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RestartJournalResponse: _TypeAlias = RestartJournalResponse  # noqa: Y015

@@ -87,6 +87,16 @@ class OperatorServiceStub:
                 request_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ConfirmRestoreRequest.SerializeToString,
                 response_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ConfirmRestoreResponse.FromString,
                 _registered_method=True)
+        self.ListEvidence = channel.unary_unary(
+                '/openfod.operator.v1.OperatorService/ListEvidence',
+                request_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ListEvidenceRequest.SerializeToString,
+                response_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ListEvidenceResponse.FromString,
+                _registered_method=True)
+        self.RestartJournal = channel.unary_unary(
+                '/openfod.operator.v1.OperatorService/RestartJournal',
+                request_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.RestartJournalRequest.SerializeToString,
+                response_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.RestartJournalResponse.FromString,
+                _registered_method=True)
         self.ListAudit = channel.unary_unary(
                 '/openfod.operator.v1.OperatorService/ListAudit',
                 request_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ListAuditRequest.SerializeToString,
@@ -233,6 +243,23 @@ class OperatorServiceServicer:
     def ConfirmRestore(self, request, context):
         """Confirms that the cloud's database was restored from a backup, so that
         versions and counters may move past what vehicles report.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListEvidence(self, request, context):
+        """Lists what is kept as evidence about a vehicle's journals: both sides of
+        each fork, and journals that began anew.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RestartJournal(self, request, context):
+        """Confirms that a vehicle was honestly restored from an older image: its
+        forked journal ends at the cloud's head, and a new one goes on from there.
+        FAILED_PRECONDITION if nothing has forked, or if it has ended already.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -390,6 +417,16 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.ConfirmRestore,
                     request_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ConfirmRestoreRequest.FromString,
                     response_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ConfirmRestoreResponse.SerializeToString,
+            ),
+            'ListEvidence': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListEvidence,
+                    request_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ListEvidenceRequest.FromString,
+                    response_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.ListEvidenceResponse.SerializeToString,
+            ),
+            'RestartJournal': grpc.unary_unary_rpc_method_handler(
+                    servicer.RestartJournal,
+                    request_deserializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.RestartJournalRequest.FromString,
+                    response_serializer=openfod_dot_operator_dot_v1_dot_operator__service__pb2.RestartJournalResponse.SerializeToString,
             ),
             'ListAudit': grpc.unary_unary_rpc_method_handler(
                     servicer.ListAudit,
@@ -713,6 +750,60 @@ class OperatorService:
             '/openfod.operator.v1.OperatorService/ConfirmRestore',
             openfod_dot_operator_dot_v1_dot_operator__service__pb2.ConfirmRestoreRequest.SerializeToString,
             openfod_dot_operator_dot_v1_dot_operator__service__pb2.ConfirmRestoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListEvidence(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/openfod.operator.v1.OperatorService/ListEvidence',
+            openfod_dot_operator_dot_v1_dot_operator__service__pb2.ListEvidenceRequest.SerializeToString,
+            openfod_dot_operator_dot_v1_dot_operator__service__pb2.ListEvidenceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RestartJournal(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/openfod.operator.v1.OperatorService/RestartJournal',
+            openfod_dot_operator_dot_v1_dot_operator__service__pb2.RestartJournalRequest.SerializeToString,
+            openfod_dot_operator_dot_v1_dot_operator__service__pb2.RestartJournalResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -69,6 +69,15 @@ class OperatorServiceStub:
     """Confirms that the cloud's database was restored from a backup, so that
     versions and counters may move past what vehicles report.
     """
+    ListEvidence: _grpc.UnaryUnaryMultiCallable[_operator_service_pb2.ListEvidenceRequest, _operator_service_pb2.ListEvidenceResponse]
+    """Lists what is kept as evidence about a vehicle's journals: both sides of
+    each fork, and journals that began anew.
+    """
+    RestartJournal: _grpc.UnaryUnaryMultiCallable[_operator_service_pb2.RestartJournalRequest, _operator_service_pb2.RestartJournalResponse]
+    """Confirms that a vehicle was honestly restored from an older image: its
+    forked journal ends at the cloud's head, and a new one goes on from there.
+    FAILED_PRECONDITION if nothing has forked, or if it has ended already.
+    """
     ListAudit: _grpc.UnaryUnaryMultiCallable[_operator_service_pb2.ListAuditRequest, _operator_service_pb2.ListAuditResponse]
     """Lists the audit log, the newest entry last."""
     GrantEntitlement: _grpc.UnaryUnaryMultiCallable[_operator_service_pb2.GrantEntitlementRequest, _operator_service_pb2.GrantEntitlementResponse]
@@ -152,6 +161,15 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     ConfirmRestore: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.ConfirmRestoreRequest, _operator_service_pb2.ConfirmRestoreResponse]  # type: ignore[assignment]
     """Confirms that the cloud's database was restored from a backup, so that
     versions and counters may move past what vehicles report.
+    """
+    ListEvidence: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.ListEvidenceRequest, _operator_service_pb2.ListEvidenceResponse]  # type: ignore[assignment]
+    """Lists what is kept as evidence about a vehicle's journals: both sides of
+    each fork, and journals that began anew.
+    """
+    RestartJournal: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.RestartJournalRequest, _operator_service_pb2.RestartJournalResponse]  # type: ignore[assignment]
+    """Confirms that a vehicle was honestly restored from an older image: its
+    forked journal ends at the cloud's head, and a new one goes on from there.
+    FAILED_PRECONDITION if nothing has forked, or if it has ended already.
     """
     ListAudit: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.ListAuditRequest, _operator_service_pb2.ListAuditResponse]  # type: ignore[assignment]
     """Lists the audit log, the newest entry last."""
@@ -287,6 +305,27 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_operator_service_pb2.ConfirmRestoreResponse, _abc.Awaitable[_operator_service_pb2.ConfirmRestoreResponse]]:
         """Confirms that the cloud's database was restored from a backup, so that
         versions and counters may move past what vehicles report.
+        """
+
+    @_abc_1.abstractmethod
+    def ListEvidence(
+        self,
+        request: _operator_service_pb2.ListEvidenceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_service_pb2.ListEvidenceResponse, _abc.Awaitable[_operator_service_pb2.ListEvidenceResponse]]:
+        """Lists what is kept as evidence about a vehicle's journals: both sides of
+        each fork, and journals that began anew.
+        """
+
+    @_abc_1.abstractmethod
+    def RestartJournal(
+        self,
+        request: _operator_service_pb2.RestartJournalRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_service_pb2.RestartJournalResponse, _abc.Awaitable[_operator_service_pb2.RestartJournalResponse]]:
+        """Confirms that a vehicle was honestly restored from an older image: its
+        forked journal ends at the cloud's head, and a new one goes on from there.
+        FAILED_PRECONDITION if nothing has forked, or if it has ended already.
         """
 
     @_abc_1.abstractmethod

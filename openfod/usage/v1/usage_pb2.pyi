@@ -137,8 +137,8 @@ class MergedWindows(_message.Message):
     it and names its hash as prev_hash; signed.
     """
     before_hash: _builtins.bytes
-    """SHA-256 of the record before first_seq, 32 zero bytes if first_seq is 1;
-    signed.
+    """SHA-256 of the record before first_seq; what record 1 of this journal names
+    if first_seq is 1; signed.
     """
     records: _builtins.int
     """Records that are summed up in this one; signed."""
