@@ -108,6 +108,15 @@ class ActuatorKind(enum.Enum):
     """The feature lives on the head unit: apps read its state, no bus is written."""
 
 
+class WhenDead(enum.Enum):
+    """What a feature does while its use cannot be written down; the catalogue's choice."""
+
+    HOLD = "hold"
+    """Its right rests: it ends by its release condition, never in motion."""
+    GO_ON_FREE = "go-on-free"
+    """It goes on, may be switched on, and nothing is billed."""
+
+
 class MeterKind(enum.Enum):
     """What a meter measures."""
 
@@ -201,6 +210,7 @@ class FeatureSpec:
         release_when: must hold before a feature is taken away.
         hold_max_s: longest time in HELD, seconds.
         read_back_interval_s: period of the read-back while active, seconds.
+        when_dead: what it does while the journal cannot be written.
     """
 
     feature_id: str
@@ -221,6 +231,7 @@ class FeatureSpec:
     read_back_interval_s: int
     meters: tuple[MeterSpec, ...]
     sha256: str = ""
+    when_dead: WhenDead = WhenDead.HOLD
 
     @property
     def inputs(self) -> frozenset[str]:

@@ -24,6 +24,7 @@ from agent.model import (
     MeterKind,
     MeterSpec,
     ReadBackSpec,
+    WhenDead,
 )
 from agent.wire import FEATURE_ID, bounded, shown
 
@@ -197,6 +198,7 @@ def _feature(document: _Table, sha256: str) -> FeatureSpec:
     conditions = document.table("conditions")
     activate, release_when = conditions.table("activate"), conditions.table("release")
     hold = document.table("hold")
+    journal = document.table("journal") if document.has("journal") else None
     ecu = document.table("ecu")
     read_back = document.table("read_back") if is_token else None
     spec = FeatureSpec(
@@ -218,8 +220,13 @@ def _feature(document: _Table, sha256: str) -> FeatureSpec:
         hold_max_s=hold.number("max_s", 1, MAX_HOLD_S),
         meters=_meters(document),
         sha256=sha256,
+        when_dead=(
+            WhenDead(journal.choice("when_dead", [choice.value for choice in WhenDead]))
+            if journal
+            else WhenDead.HOLD
+        ),
     )
-    tables = (feature, actuator, activate, release_when, conditions, hold, ecu, read_back, document)
+    tables = (journal, feature, actuator, activate, release_when, conditions, hold, ecu, read_back, document)
     for table in tables:
         if table:
             table.close()

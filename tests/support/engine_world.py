@@ -363,8 +363,9 @@ class World:
                 self._over_network(lambda: self._hello(nonce, director.targets))
             case ev.OfferNonce(nonce):
                 self._over_network(lambda: self._offered(nonce))
-            case ev.SendUsage(first, through):
-                records = [self.disk.records[n].content for n in range(first, through + 1)]
+            case ev.SendUsage(first, count):
+                numbers = sorted(n for n in self.disk.records if n >= first)[:count]
+                records = [self.disk.records[n].content for n in numbers]
                 self._over_network(lambda: self._usage(records))
             case ev.RunEcu():
                 self._run_ecu(command)
