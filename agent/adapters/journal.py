@@ -356,7 +356,7 @@ def restarts(db: sqlite3.Connection) -> tuple[KeptRestart, ...]:
 
 
 def own_records(db: sqlite3.Connection, journal_id: str) -> Iterator[tuple[str, bytes]]:
-    """The present owner's records that are kept, with their journals, in the order in which they were made."""
+    """The present owner's records that are kept, with their journals, the oldest first."""
     yield from db.execute("SELECT journal, content FROM old_record ORDER BY rowid")
     yield from db.execute("SELECT ?, content FROM record WHERE owner = ? ORDER BY seq", (journal_id, PRESENT))
 

@@ -164,6 +164,6 @@ def test_records_that_move_to_a_new_journal_say_what_they_said(made: list[Use], 
         before = moved[number - 1].hash
         for message in (old, new):
             for place in ("id", "seq", "prev_hash", "merged"):
-                message.ClearField(place)  # type: ignore[arg-type]
+                message.ClearField(place)
         assert old == new
     assert end.hash == before

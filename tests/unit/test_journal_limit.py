@@ -20,11 +20,10 @@ from support.real_journal import (
     use,
 )
 
-from agent.adapters import journal as limits
 from agent.adapters.journal import MERGE_RECORDS, PRUNE_RECORDS, RETENTION_MS
 from agent.adapters.store import LOG_BYTES, Room, Store
 from agent.errors import JournalError
-from agent.metering.merge import merge
+from agent.metering.merge import Kept, merge
 
 
 @pytest.fixture
@@ -278,9 +277,9 @@ def test_the_largest_part_of_the_gap_gives_the_reason(journal: RealJournal) -> N
 
     journal.add(MERGE_RECORDS + 2, window)  # type: ignore[arg-type]
     _, (record,) = merge(
-        journal.head, limits.Kept(0, bytes(32)), (r.content for r in journal.store.records(1, 2_000))
+        journal.head, Kept(0, bytes(32)), (r.content for r in journal.store.records(1, 2_000))
     )
-    (message,) = [m for m in [journal.booked[0].FromString(record.content)]]
+    message = journal.booked[0].FromString(record.content)
     assert (message.gap_reason, message.gap) == (1, 334 * 17)  # EDGE: 3,340 of 5,678
 
 
