@@ -18,12 +18,9 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from google.protobuf.message import DecodeError
 
 from agent import __version__, boot, importing
@@ -34,6 +31,7 @@ from agent.adapters.identity import Identity
 from agent.adapters.identity import read as read_identity
 from agent.adapters.identity import settle as settle_identity
 from agent.adapters.journal import Restart
+from agent.adapters.receipts import receipt_key, verified_receipt
 from agent.adapters.store import MAX_NUMBER, KeptRecord, Room, Store
 from agent.buses import Buses, Dropped, Frames, SignalsReady, StateChanged
 from agent.config import AgentConfig
@@ -50,7 +48,7 @@ from agent.errors import (
 from agent.features.guard import Guard
 from agent.features.lifecycle import State
 from agent.metering.ledger import check_conditions
-from agent.metering.record import BATCH_DOMAIN, GENESIS_HASH, RECEIPT_DOMAIN, RESTART_DOMAIN, batch
+from agent.metering.record import BATCH_DOMAIN, GENESIS_HASH, RESTART_DOMAIN, batch
 from agent.model import Rights, Verdict, Versions
 from agent.signals.state import Collector
 from agent.trust.clock import UNKNOWN_UNCERTAINTY_MS, TrustedClock
@@ -142,21 +140,6 @@ _Item = (
     | _Loaded
     | _Stop
 )
-
-
-def receipt_key(path: Path) -> Ed25519PublicKey:
-    """The key that signs receipts.
-
-    Raises:
-        TrustError: the file is not an Ed25519 public key.
-    """
-    try:
-        key = load_pem_public_key(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise TrustError(f"{path} is not a public key: {error}") from error
-    if not isinstance(key, Ed25519PublicKey):
-        raise TrustError(f"{path} holds a key of another kind, expected Ed25519")
-    return key
 
 
 class App:
@@ -671,14 +654,7 @@ class App:
         _log.info("signed receipt for usage", through_seq=receipt.through_seq)
 
     def _verified_receipt(self, signed: usage_pb2.SignedUsageReceipt) -> usage_pb2.UsageReceipt:
-        try:
-            self._receipt_key.verify(signed.signature, RECEIPT_DOMAIN + signed.receipt)
-        except InvalidSignature as error:
-            raise TrustError("its signature is not the receipt key's") from error
-        try:
-            receipt = usage_pb2.UsageReceipt.FromString(signed.receipt)
-        except ValueError as error:
-            raise MalformedError(f"it is not a UsageReceipt: {error}") from error
+        receipt = verified_receipt(self._receipt_key, signed.receipt, signed.signature)
         expected = (self._identity.source, self._store.journal_id())
         if (receipt.source, receipt.journal_id) != expected:
             raise TrustError(

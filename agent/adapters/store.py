@@ -32,6 +32,7 @@ from agent.events import StoreTrust, StoreUsage
 from agent.metering.merge import stands_for
 from agent.metering.meter import OpenWindow
 from agent.metering.record import Head, Record
+from agent.metering.statement import Key, Pruned
 from agent.model import MeterKind, RepositoryBytes, TrustBytes
 from agent.trust.floors import floors_to_json, read_floors
 from agent.trust.grant_log import LogEntry, LogHead
@@ -588,6 +589,36 @@ class Store:
         with self._reading():
             assert self._db is not None
             return journal.pruned_sums(self._db)
+
+    def pruned(self) -> tuple[Pruned, ...]:
+        """The same, as a statement of usage takes it.
+
+        Raises:
+            JournalError: it cannot be read.
+        """
+        return tuple(
+            Pruned(
+                s.journal,
+                Key(s.entitlement, s.feature, s.meter, s.account, s.unit, s.dimensions),
+                *s[8:],
+            )
+            for s in self.pruned_sums()
+        )
+
+    @contextmanager
+    def at_one_moment(self) -> Iterator[None]:
+        """All that is read in it is as of one commit, whatever a running agent writes meanwhile.
+
+        Raises:
+            JournalError: it cannot be read.
+        """
+        with self._reading():
+            self._read("BEGIN")
+        try:
+            yield
+        finally:
+            with suppress(sqlite3.Error):
+                self._read("ROLLBACK")
 
     def receipts(self) -> tuple[journal.KeptReceipt, ...]:
         """The receipts that are kept, in their order.

@@ -129,7 +129,7 @@ def test_torn_log_leaves_whole_commits_only(tmp_path: Path) -> None:
         journal.add(20)
     log, base = (tmp_path / "agent.db-wal").read_bytes(), (tmp_path / "agent.db").read_bytes()
     dice = random.Random(2)
-    lengths = set()
+    lengths = set[int]()
     for size in (*range(0, len(log), 512 * 5), len(log)):
         for rest in (b"", bytes(4096), dice.randbytes(4096)):
             torn = tmp_path / f"torn-{size}-{len(lengths)}-{len(rest)}-{rest[:2].hex()}"
@@ -185,7 +185,7 @@ def test_store_that_fails_kills_the_journal_and_a_write_that_holds_revives_it(
             ev.JournalAlive(),
         ]
         app._step(ev.JournalDead("agent.db cannot be written: disk I/O error"))
-        (problem,) = app._status()["problems"]  # type: ignore[misc]
+        (problem,) = life.status["problems"]
         assert "use cannot be written down" in problem
         assert "free space" in problem
         app._step(ev.JournalAlive())

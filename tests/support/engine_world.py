@@ -20,8 +20,8 @@ from agent import events as ev
 from agent.engine import Engine
 from agent.errors import EcuSilentError, NegativeResponseError, VehicleError
 from agent.features.guard import Guard
-from agent.metering.meter import OpenWindow
 from agent.metering.merge import Kept, merge
+from agent.metering.meter import OpenWindow
 from agent.metering.record import GENESIS_HASH, Head, Record
 from agent.model import (
     Entitlement,
