@@ -6,10 +6,11 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from agent import __version__
 from agent.config import DEFAULT_PATH, AgentConfig, load
@@ -17,6 +18,9 @@ from agent.errors import AgentError, ConditionError, NotRunningError, TransportE
 from common import log
 from common.cli import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, fail, print_json, print_table
 from common.config import ConfigError
+
+if TYPE_CHECKING:  # a command loads what it needs
+    from agent.adapters.store import Store
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,6 +112,25 @@ def _parser() -> argparse.ArgumentParser:
     files.add_argument("--export", type=Path, metavar="FILE", help="write the log to a new file")
     files.add_argument("--verify", type=Path, metavar="FILE", help="check an export; reads nothing else")
     history.add_argument("--head", metavar="HASH", help="head that the export must end at, from status")
+    usage = command(
+        "usage",
+        _usage,
+        "Show what was used under each right since this owner has the vehicle, and what of it is reported.",
+        "fod-agent usage --config agent.toml --json",
+    )
+    usage.add_argument("--json", action="store_true", help="print one JSON document")
+    statement = command(
+        "export",
+        _export,
+        "Write everything that was reported about this vehicle under its present owner to a file.",
+        "fod-agent export --config agent.toml usage.jsonl",
+    )
+    statement.add_argument("file", type=Path, metavar="FILE", help="a new file; with --verify one to check")
+    statement.add_argument(
+        "--verify", action="store_true", help="check an export by its chain and the cloud's receipts"
+    )
+    statement.add_argument("--head", metavar="HASH", help="head that the export must end at, from usage")
+    statement.add_argument("--json", action="store_true", help="print one JSON document")
     check = command(
         "check",
         _check,
@@ -297,6 +320,147 @@ def _log(config: AgentConfig, arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _usage(config: AgentConfig, arguments: argparse.Namespace) -> int:
+    from agent.metering import statement
+
+    with _looking(config) as store:
+        report: dict[str, object] = {"usage": [], "receipts": []}
+        if store is not None:
+            receipts, head = store.receipts(), store.head()
+            acked = {r.journal: r.through_seq for r in receipts}
+            acked |= statement.agreed(r.content for r in store.restarts())
+            amounts = statement.amounts(store.own_records(), store.pruned(), acked)
+            report["journal"] = {"id": head.journal_id, "records": head.seq, "head": head.hash.hex()}
+            report["usage"] = [
+                {
+                    **key._asdict(),
+                    "unit": statement.unit_name(key.unit),
+                    "dimensions": dict(key.dimensions),
+                    **asdict(amount),
+                }
+                for key, amount in amounts.items()
+            ]
+            report["receipts"] = [
+                {
+                    "journal": r.journal,
+                    "through": r.through_seq,
+                    "stored_ms": statement.receipt_time_ms(r.content),
+                }
+                for r in receipts
+            ]
+    if arguments.json:
+        print_json(report)
+    else:
+        _print_usage(report)
+    return EXIT_DONE
+
+
+def _print_usage(report: dict[str, object]) -> None:
+    usage, receipts = report["usage"], report["receipts"]
+    assert isinstance(usage, list)
+    assert isinstance(receipts, list)
+    rows = [
+        (
+            u["entitlement"],
+            u["feature"],
+            u["meter"],
+            ", ".join(f"{name} {value}" for name, value in u["dimensions"].items()) or "-",
+            f"{u['reported']} {u['unit']}",
+            f"{u['waiting']} {u['unit']}",
+            f"{u['reported_gap'] + u['waiting_gap']} {u['unit']}{' or more' if u['unbounded'] else ''}",
+            max(u["receipts"].values(), default="-"),
+        )
+        for u in usage
+    ]
+    if not rows:
+        print("Nothing was used under a right of the present owner.")
+        return
+    titles = (
+        "right",
+        "feature",
+        "meter",
+        "when",
+        "reported",
+        "waiting",
+        "not metered",
+        "receipt to",
+    )
+    print_table(titles, rows)
+    if receipts:
+        last = receipts[-1]
+        print(f"Last receipt: record {last['through']} of {last['journal']}, {_when(last['stored_ms'])}")
+    print("Windows that are still open are not in it.")
+
+
+def _export(config: AgentConfig, arguments: argparse.Namespace) -> int:
+    from agent.adapters import identity
+    from agent.metering import statement
+
+    if arguments.verify:
+        return _verify_export(config, arguments)
+    if arguments.head is not None:
+        return fail("--head goes with --verify", code=EXIT_USAGE)
+    known = identity.load(config.state.directory)
+    lines, size = 0, 0
+    with _looking(config) as store, arguments.file.open("xb") as file:
+        if store is not None:
+            for line in statement.export(
+                known.source if known else "",
+                store.own_records(),
+                ((r.journal, r.content, r.signature) for r in store.receipts()),
+                store.pruned(),
+                ((r.content, r.signature) for r in store.restarts()),
+            ):
+                file.write(line)
+                lines, size = lines + 1, size + len(line)
+    if arguments.json:
+        print_json({"file": str(arguments.file), "lines": lines, "bytes": size})
+    else:
+        print(f"{lines} lines are in {arguments.file}; check them with: fod-agent export --verify FILE")
+    return EXIT_DONE
+
+
+def _verify_export(config: AgentConfig, arguments: argparse.Namespace) -> int:
+    from agent.adapters.receipts import receipt_key, verified_receipt
+    from agent.metering import statement
+
+    key = receipt_key(config.trust.receipt_key)
+    if arguments.file.stat().st_size > statement.MAX_EXPORT_BYTES:
+        return fail(f"{arguments.file} has more than {statement.MAX_EXPORT_BYTES} bytes")
+    with arguments.file.open("rb") as file:
+        checked = statement.verify_export(
+            file,
+            lambda content, signature: verified_receipt(key, content, signature),
+            expected_head=arguments.head,
+        )
+    if arguments.json:
+        print_json(checked._asdict())
+        return EXIT_DONE
+    print(
+        f"{arguments.file} is whole: {checked.records} records, {checked.covered} of them under a signed"
+        f" receipt, {checked.summed} more as sums; head {checked.head or '-'}"
+    )
+    if arguments.head is None:
+        print("Compare the head with that of fod-agent status, or give it with --head.")
+    return EXIT_DONE
+
+
+@contextlib.contextmanager
+def _looking(config: AgentConfig) -> Iterator[Store | None]:
+    """The store to look at, beside a running agent; None if nothing was ever stored."""
+    from agent.adapters.clock import SystemClock
+    from agent.adapters.store import Store
+    from agent.boot import STORE_FILE
+
+    path = config.state.directory / STORE_FILE
+    if not path.exists():
+        yield None
+        return
+    store = Store(path, boot_id=SystemClock().boot_id(), journal_id=None)
+    with contextlib.closing(store), store.at_one_moment():
+        yield store
+
+
 def _stored_log(config: AgentConfig) -> tuple[bytes, ...]:
     from agent.adapters.clock import SystemClock
     from agent.adapters.store import Store
@@ -356,6 +520,8 @@ def _stored_status(config: AgentConfig) -> dict[str, object]:
         "records": stored.head.seq,
         "stored": stored.head.seq,
         "receipts_to": stored.acked_seq,
+        "head": stored.head.hash.hex(),
+        "dead": "",
     }
     status["log"] = {"entries": stored.log_head.seq, "head": stored.log_head.hash.hex()}
     verdict = start.verdict
@@ -490,7 +656,7 @@ def _age(age_ms: object) -> str:
 
 def _check(config: AgentConfig, arguments: argparse.Namespace) -> int:
     from agent.adapters import identity, signal_table
-    from agent.app import receipt_key
+    from agent.adapters.receipts import receipt_key
     from agent.boot import anchors
     from agent.trust.verifier import check_anchors
 

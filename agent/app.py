@@ -18,12 +18,10 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from google.protobuf.message import DecodeError
 
 from agent import __version__, boot, importing
 from agent import events as ev
@@ -32,7 +30,9 @@ from agent.adapters.clock import SystemClock, SystemRandom
 from agent.adapters.identity import Identity
 from agent.adapters.identity import read as read_identity
 from agent.adapters.identity import settle as settle_identity
-from agent.adapters.store import KeptRecord, Store
+from agent.adapters.journal import Restart
+from agent.adapters.receipts import receipt_key, verified_receipt
+from agent.adapters.store import MAX_NUMBER, KeptRecord, Room, Store
 from agent.buses import Buses, Dropped, Frames, SignalsReady, StateChanged
 from agent.config import AgentConfig
 from agent.engine import Engine
@@ -42,12 +42,13 @@ from agent.errors import (
     JournalError,
     MalformedError,
     ReplayError,
+    RestartError,
     TrustError,
 )
 from agent.features.guard import Guard
 from agent.features.lifecycle import State
 from agent.metering.ledger import check_conditions
-from agent.metering.record import BATCH_DOMAIN, RECEIPT_DOMAIN, batch
+from agent.metering.record import BATCH_DOMAIN, GENESIS_HASH, RESTART_DOMAIN, batch
 from agent.model import Rights, Verdict, Versions
 from agent.signals.state import Collector
 from agent.trust.clock import UNKNOWN_UNCERTAINTY_MS, TrustedClock
@@ -68,10 +69,17 @@ FIRST_FRAME_NS = 500_000_000
 """How long the rest of the agent (cloud, ECUs, local interface) waits for a first frame to be decoded."""
 STORE_RETRY_S = 2.0
 """Pause before a write that failed is tried again; the order of writes is kept."""
+DEAD_AFTER_TRIES = 3
+"""After so many tries of one write the journal counts as dead, until a write holds again."""
 WATCH_NS = 10 * 1_000_000_000
 """How often it is looked whether the cloud's certificates still hold."""
 WARN_NS = 24 * 3600 * 1_000_000_000
 """How often the log repeats what will end soon."""
+MEND = (
+    "free space in the file system of state.directory, or mount it writable; what was metered waits in"
+    " memory and is written at once when that is done"
+)
+"""What to do about a journal that cannot be written."""
 MAX_COUNTERS = 256
 """Token counters in a Hello (vehicle_service.proto)."""
 
@@ -134,21 +142,6 @@ _Item = (
 )
 
 
-def receipt_key(path: Path) -> Ed25519PublicKey:
-    """The key that signs receipts.
-
-    Raises:
-        TrustError: the file is not an Ed25519 public key.
-    """
-    try:
-        key = load_pem_public_key(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise TrustError(f"{path} is not a public key: {error}") from error
-    if not isinstance(key, Ed25519PublicKey):
-        raise TrustError(f"{path} holds a key of another kind, expected Ed25519")
-    return key
-
-
 class App:
     """A running agent."""
 
@@ -182,6 +175,7 @@ class App:
             config.state.directory / boot.STORE_FILE,
             boot_id=self._clock.boot_id(),
             journal_id=self._random.token(8).hex(),
+            limit_bytes=config.metering.journal_mb * 1024 * 1024,
         )
         opened_ns = self._clock.monotonic_ns()
         start = boot.read(config, self._store)
@@ -296,6 +290,7 @@ class App:
             self._random,
             self._post,
             self._receipt_arrived,
+            self._restart_arrived,
         )
         self._link.start()
         held, self._held = self._held, []
@@ -422,9 +417,14 @@ class App:
                 self._guard.allow(rights, live)
                 self._listen_for(rights)
             case ev.StoreUsage():
-                self._write(partial(self._store.store_usage, command), ev.Persisted(command.number))
-            case ev.MarkSent(number, through_seq):
-                self._write(partial(self._store.mark_sent, through_seq), ev.Persisted(number))
+                self._write(partial(self._store_usage, command), ev.Persisted(command.number))
+            case ev.MarkSent(number, first_seq, records):
+                self._write(partial(self._store.mark_sent, first_seq, records), ev.Persisted(number))
+            case ev.MergeUnsent(number):
+                self._write(partial(self._merge, number))
+            case ev.RestartJournal(number, restart):
+                assert isinstance(restart, Restart)
+                self._write(partial(self._begin_journal, number, restart))
             case ev.StoreTrust(number, verdict):
                 done: _Item = ev.Persisted(number)
                 if command.new_owner:
@@ -432,8 +432,8 @@ class App:
                 if not command.live:
                     done = _Imported(number, verdict, self._imports.popleft())
                 self._write(partial(self._store_trust, command), done)
-            case ev.SendUsage(first_seq, through_seq):
-                self._submit(self._writer, partial(self._read_usage, first_seq, through_seq))
+            case ev.SendUsage(first_seq, records):
+                self._submit(self._writer, partial(self._read_usage, first_seq, records))
             case ev.Verify():
                 received_ns = self._clock.monotonic_ns()
                 self._submit(self._worker, partial(self._verify, command, received_ns))
@@ -466,24 +466,66 @@ class App:
 
         pool.submit(guarded)
 
-    def _write(self, job: Callable[[], None], done: _Item) -> None:
-        """Writes on the store's thread, in order; a failed write is tried again until it holds."""
+    def _write(self, job: Callable[[], _Item | None], done: _Item | None = None) -> None:
+        """Writes on the store's thread, in order; a failed write is tried again until it holds.
+
+        Args:
+            job: returns what is said to the loop then, if it is not `done`.
+        """
 
         def persist() -> None:
+            tries = 0
             while True:
                 try:
-                    job()
+                    item = job()
                 except JournalError as error:
+                    tries += 1
                     _log.error(
                         "the store cannot be written; trying again, nothing is lost", reason=str(error)
                     )
+                    if tries == DEAD_AFTER_TRIES:
+                        self._post(ev.JournalDead(str(error)))
                     if self._stopping.wait(STORE_RETRY_S):
                         return
                 else:
-                    self._queue.put(done)
+                    if (said := item or done) is not None:
+                        self._queue.put(said)
+                    if tries >= DEAD_AFTER_TRIES:
+                        self._post(ev.JournalAlive())
                     return
 
         self._submit(self._writer, persist)
+
+    def _store_usage(self, command: ev.StoreUsage) -> None:
+        self._store.store_usage(command)
+        if self._store.is_over:
+            self._submit(self._writer, partial(self._make_room, command.mark_ms))
+
+    def _make_room(self, now_ms: int) -> None:
+        """Makes the journal smaller, in pieces; what else the disk has to do goes between them."""
+        try:
+            room = self._store.make_room(now_ms)
+        except JournalError as error:
+            _log.error("the journal is at its limit and cannot be made smaller now", reason=str(error))
+            return
+        if room is Room.PRUNED:
+            self._submit(self._writer, partial(self._make_room, now_ms))
+        elif room is Room.MERGE:
+            self._post(ev.JournalFull())
+
+    def _merge(self, number: int) -> ev.JournalMoved:
+        try:
+            head, count = self._store.merge_unsent()
+        except JournalError as error:
+            _log.error("windows that were never sent cannot be merged; nothing is changed", reason=str(error))
+            return ev.JournalMoved(number, self._store.head())
+        if count:
+            _log.warning(
+                "the journal was full: windows that were never sent are merged, their sums are kept",
+                records=count,
+                bytes=self._store.used_bytes,
+            )
+        return ev.JournalMoved(number, head)
 
     def _store_trust(self, command: ev.StoreTrust) -> None:
         self._keeper.keep(command)
@@ -541,12 +583,14 @@ class App:
             self._build_on(verdict)
             self._queue.put(_Bundle(ev.BundleVerified(verdict, read_ns), answer))
 
-    def _read_usage(self, first_seq: int, through_seq: int) -> None:
+    def _read_usage(self, first_seq: int, count: int) -> None:
         try:
-            records = self._store.records(first_seq, through_seq)
+            records = self._store.marked(first_seq, count)
         except JournalError as error:
             # The engine sends again when no receipt comes.
             _log.error("usage cannot be read for sending; trying again later", reason=str(error))
+            return
+        if not records:
             return
         journal_id = self._store.journal_id()
         self._submit(self._worker, partial(self._send_usage, journal_id, records))
@@ -610,14 +654,7 @@ class App:
         _log.info("signed receipt for usage", through_seq=receipt.through_seq)
 
     def _verified_receipt(self, signed: usage_pb2.SignedUsageReceipt) -> usage_pb2.UsageReceipt:
-        try:
-            self._receipt_key.verify(signed.signature, RECEIPT_DOMAIN + signed.receipt)
-        except InvalidSignature as error:
-            raise TrustError("its signature is not the receipt key's") from error
-        try:
-            receipt = usage_pb2.UsageReceipt.FromString(signed.receipt)
-        except ValueError as error:
-            raise MalformedError(f"it is not a UsageReceipt: {error}") from error
+        receipt = verified_receipt(self._receipt_key, signed.receipt, signed.signature)
         expected = (self._identity.source, self._store.journal_id())
         if (receipt.source, receipt.journal_id) != expected:
             raise TrustError(
@@ -627,6 +664,67 @@ class App:
             found = len(receipt.archive_key)
             raise MalformedError(f"its archive key has {found} bytes, expected {KEY_BYTES}")
         return receipt
+
+    def _restart_arrived(self, signed: usage_pb2.SignedJournalRestart) -> None:
+        self._submit(self._worker, partial(self._check_restart, signed))
+
+    def _check_restart(self, signed: usage_pb2.SignedJournalRestart) -> None:
+        try:
+            restart = self._verified_restart(signed)
+        except TrustError as error:
+            _log.error(
+                "restart of the journal refused; nothing is changed", error=error.kind, reason=str(error)
+            )
+            return
+
+        def judge() -> None:
+            try:
+                if self._store.check_restart(restart):
+                    self._post(ev.RestartSigned(restart))
+            except JournalError as error:
+                _log.error("restart of the journal refused; nothing is changed", reason=str(error))
+
+        self._submit(self._writer, judge)
+
+    def _begin_journal(self, number: int, restart: Restart) -> ev.JournalMoved:
+        """Carries a restart out; it is judged again, because records were made since it was."""
+        new_id = self._random.token(8).hex()
+        try:
+            head = self._store.restart_journal(restart, new_id)
+        except RestartError as error:
+            _log.error("restart of the journal refused; nothing is changed", reason=str(error))
+            return ev.JournalMoved(number, self._store.head())
+        _log.warning(
+            "the journal goes on in a new one, as an operator has confirmed",
+            old=restart.journal_id,
+            new=new_id,
+            records=head.seq,
+        )
+        return ev.JournalMoved(number, head, restarted=True)
+
+    def _verified_restart(self, signed: usage_pb2.SignedJournalRestart) -> Restart:
+        try:
+            self._receipt_key.verify(signed.signature, RESTART_DOMAIN + signed.restart)
+        except InvalidSignature as error:
+            raise TrustError("its signature is not the receipt key's") from error
+        try:
+            restart = usage_pb2.JournalRestart.FromString(signed.restart)
+        except DecodeError as error:
+            raise MalformedError(f"it is not a JournalRestart: {error}") from error
+        if restart.source != self._identity.source:
+            raise TrustError(f"it is for {restart.source}, expected {self._identity.source}")
+        if len(restart.head_hash) != len(GENESIS_HASH) or not 0 < restart.fork_seq <= MAX_NUMBER:
+            raise MalformedError(
+                f"it names fork_seq {restart.fork_seq} and a head of {len(restart.head_hash)} bytes"
+            )
+        return Restart(
+            restart.journal_id,
+            restart.fork_seq,
+            restart.head_seq,
+            restart.head_hash,
+            signed.restart,
+            signed.signature,
+        )
 
     # --- cloud -------------------------------------------------------------------------
 
@@ -682,12 +780,16 @@ class App:
         now = self._engine.trusted_time(now_ns)
         doubt_ms = now.uncertainty_ms if now.uncertainty_ms < UNKNOWN_UNCERTAINTY_MS else None
         status["time"] = {"unix_ms": now.unix_ms, "uncertainty_ms": doubt_ms, "source": now.source}
+        journal = status["journal"]
+        assert isinstance(journal, dict)
+        journal |= {"bytes": self._store.used_bytes, "limit_bytes": self._store.limit_bytes}
         status["vin"] = self._config.vehicle.vin
         status["source"] = self._identity.source
         status["link_reason"] = self._down_reason
         unsealed = self._store.unsealed
         waiting = f"{unsealed} records of a former owner wait for the cloud's receipt, to be sealed"
-        problems = [self._keeper.problem, waiting if unsealed else ""]
+        dead = f"use cannot be written down: {journal['dead']}; {MEND}" if journal["dead"] else ""
+        problems = [self._keeper.problem, dead, waiting if unsealed else ""]
         status["problems"] = [*self._problems, *filter(None, problems)]
         status["warnings"] = [asdict(ending) for ending in self._endings()]
         status |= self._buses.status()

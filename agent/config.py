@@ -96,6 +96,7 @@ class MeteringConfig:
 
     checkpoint_s: float = option(default=2.0, minimum=0.5, maximum=5)
     window_s: float = option(default=60.0, minimum=1, maximum=3600)
+    journal_mb: int = option(default=64, minimum=4, maximum=4096)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ unknown (a stale signal, an ECU that was not read) switches nothing on.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
 
@@ -43,6 +43,7 @@ from agent.model import (
     TrustedTime,
     Verdict,
     Versions,
+    WhenDead,
     odometer_metres,
 )
 from agent.signals.state import SignalState
@@ -180,11 +181,15 @@ class Engine:
         self._owner_epoch = 0
         self._own_ids: frozenset[str] | None = None  # None: there was no sale in this life
         self._token_counters: Mapping[tuple[str, str], int] = {}
-        self._after: dict[int, ev.RunEcu] = {}
+        self._after: dict[int, list[ev.RunEcu]] = {}
         self._next_update: TrustBytes | None = None
         self._judged: tuple[tuple[bytes, int], ...] | None = None
         self._nonce_wanted = self._nonce_asked = False
         self._nonces_made_ns: deque[int] = deque(maxlen=NONCE_BURST)
+        self._moving = self._postponed = 0
+        """Commands that wait: for the journal's new end, and for the journal to be written again."""
+        self._dead = ""
+        """Why the journal cannot be written; empty if it can."""
         self._checkpoint_due_ns = 0
         self._window_due_ns = 0
         self._mark_due_ns = 0
@@ -294,6 +299,16 @@ class Engine:
                 if through_seq > self._upload.acked_seq:
                     self._upload.acked_seq = through_seq
                     self._upload.in_flight = False
+            case ev.JournalFull():
+                self._move_journal(ev.MergeUnsent, now_ns)
+            case ev.RestartSigned(restart):
+                self._move_journal(lambda number: ev.RestartJournal(number, restart), now_ns)
+            case ev.JournalMoved():
+                self._journal_moved(event, now_ns)
+            case ev.JournalDead(reason):
+                self._journal_died(reason, now_ns)
+            case ev.JournalAlive():
+                self._journal_lives(now_ns)
             case ev.UsageRefused(kind, reason, through):
                 self._say("error", "cloud refused usage; the records are kept", error=kind, reason=reason)
                 # Nobody signed this: it may have records sent again, which is harmless, but skip none.
@@ -398,8 +413,7 @@ class Engine:
             self._want_nonce()
 
     def _persisted(self, number: int, now_ns: int) -> None:
-        after = self._after.pop(number, None)
-        if after is not None:
+        for after in self._after.pop(number, ()):
             self._send_activation(after, now_ns)
         match self._waiting.pop(number, None):
             case ev.StoreTrust(_, verdict, new_owner=new_owner):
@@ -420,9 +434,9 @@ class Engine:
             case ev.StoreUsage(_, records):
                 if records:
                     self._upload.stored_seq = max(self._upload.stored_seq, records[-1].seq)
-            case ev.MarkSent(_, through_seq):
+            case ev.MarkSent():
                 if self._link:
-                    self._out.append(ev.SendUsage(self._upload.acked_seq + 1, through_seq))
+                    self._out.append(ev.SendUsage(self._upload.acked_seq + 1, BATCH_RECORDS))
             case _:
                 pass
 
@@ -519,6 +533,8 @@ class Engine:
         kept = right.undecided and feature.state in METERED
         if not (right.live or kept):
             return False, False, right.reason
+        if self._dead and feature.spec.when_dead is WhenDead.HOLD:
+            return False, True, f"use cannot be written down: {self._dead}"
         if not entitlement.quotas:
             return True, False, right.reason
         states = self._quota_states(entitlement, now_ns)
@@ -775,7 +791,10 @@ class Engine:
         self._ledger.arm(
             feature.spec, feature.entitlement, self._signals, now_ns=now_ns, now=self._time(now_ns)
         )
-        self._after[self._checkpoint(now_ns)] = command
+        if self._dead and feature.spec.when_dead is WhenDead.GO_ON_FREE:
+            self._send_activation(command, now_ns)
+            return
+        self._after.setdefault(self._checkpoint(now_ns), []).append(command)
 
     def _send_activation(self, command: ev.RunEcu, now_ns: int) -> None:
         """Sends what waited for the disk, if it is still time for it."""
@@ -971,7 +990,7 @@ class Engine:
 
     def _keep_time(self, now_ns: int, *, force: bool) -> None:
         """Closes windows and makes use durable when it is due."""
-        if now_ns >= self._window_due_ns:
+        if now_ns >= self._window_due_ns and not self._dead:
             self._window_due_ns = now_ns + self._window_ns
             self._ledger.close_windows(self._time(now_ns))
         if force or now_ns >= self._checkpoint_due_ns:
@@ -984,23 +1003,79 @@ class Engine:
                 or self._log_entries
                 or windows != self._stored_windows
             ):
-                self._checkpoint(now_ns)
+                self._checkpoint(now_ns, force=force)
 
-    def _checkpoint(self, now_ns: int) -> int:
-        """Makes all use durable, and the time; returns the command's number."""
+    def _checkpoint(self, now_ns: int, *, force: bool = False) -> int:
+        """Makes all use durable, and the time; returns the command's number.
+
+        While the journal's end is not known, or nothing can be written, one
+        command waits for all: use goes on adding up in memory.
+        """
         self._checkpoint_due_ns = now_ns + self._checkpoint_ns
+        if self._moving or (self._dead and not force):
+            self._postponed = self._postponed or self._next_number()
+            return self._postponed
+        number, self._postponed = self._postponed or self._next_number(), 0
         self._mark_due_ns = now_ns + MARK_NS
         now = self._time(now_ns)
         windows = self._ledger.open_windows(now_ns=now_ns, now=now)
         self._stored_windows = windows
-        records = tuple(self._ledger.unsaved)
-        self._ledger.unsaved.clear()
         command = ev.StoreUsage(
-            self._next_number(), records, windows, dict(self._ledger.used), now.unix_ms, self._take_log()
+            number,
+            self._ledger.take_records(),
+            windows,
+            dict(self._ledger.used),
+            now.unix_ms,
+            self._take_log(),
         )
         self._waiting[command.number] = command
         self._out.append(command)
         return command.number
+
+    # --- the journal's state -----------------------------------------------------------
+
+    def _move_journal(self, command: Callable[[int], ev.Command], now_ns: int) -> None:
+        """Has the end of the journal changed, behind everything that is booked so far."""
+        if self._moving or self._dead:
+            return  # who asks does so again
+        self._checkpoint(now_ns)
+        self._moving = self._next_number()
+        self._out.append(command(self._moving))
+
+    def _journal_moved(self, event: ev.JournalMoved, now_ns: int) -> None:
+        if event.number != self._moving:
+            return
+        self._moving = 0
+        self._ledger.head = event.head
+        if event.restarted:
+            self._upload = _Upload()
+        self._upload.stored_seq = event.head.seq
+        if self._postponed:
+            self._checkpoint(now_ns)
+
+    def _journal_died(self, reason: str, now_ns: int) -> None:
+        """From here on features that go on are free of charge; what was used before waits in memory."""
+        self._dead = reason
+        self._ledger.close_windows(self._time(now_ns))
+        self._ledger.free = frozenset(
+            feature_id
+            for feature_id, feature in self._features.items()
+            if feature.spec.when_dead is WhenDead.GO_ON_FREE
+        )
+        self._say("error", "use cannot be written down; features do what the catalogue says", reason=reason)
+        for number, commands in self._after.items():
+            self._after[number] = [c for c in commands if c.feature_id not in self._ledger.free]
+            for command in commands:
+                if command.feature_id in self._ledger.free:
+                    self._send_activation(command, now_ns)
+
+    def _journal_lives(self, now_ns: int) -> None:
+        """Declares what was used free of charge, and goes on as before."""
+        self._dead = ""
+        self._ledger.close_windows(self._time(now_ns))
+        self._ledger.free = frozenset()
+        self._say("info", "use is written down again; nothing that was metered is lost")
+        self._checkpoint(now_ns)
 
     # --- cloud -----------------------------------------------------------------------
 
@@ -1028,10 +1103,10 @@ class Engine:
         upload = self._upload
         if upload.in_flight and now_ns - upload.sent_ns >= UPLOAD_TIMEOUT_NS:
             upload.in_flight = False
-        if not upload.in_flight and upload.stored_seq > upload.acked_seq:
+        may_send = not (upload.in_flight or self._moving or self._dead)
+        if may_send and upload.stored_seq > upload.acked_seq:
             upload.in_flight, upload.sent_ns = True, now_ns
-            through = min(upload.stored_seq, upload.acked_seq + BATCH_RECORDS)
-            command = ev.MarkSent(self._next_number(), through)
+            command = ev.MarkSent(self._next_number(), upload.acked_seq + 1, BATCH_RECORDS)
             self._waiting[command.number] = command
             self._out.append(command)
 
@@ -1104,6 +1179,8 @@ class Engine:
                 "records": self._ledger.head.seq,
                 "stored": self._upload.stored_seq,
                 "receipts_to": self._upload.acked_seq,
+                "head": self._ledger.head.hash.hex(),
+                "dead": self._dead,
             },
             "log": {"entries": self._log_head.seq, "head": self._log_head.hash.hex()},
             "buses": dict(self._buses),

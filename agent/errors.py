@@ -122,6 +122,14 @@ class JournalError(AgentError):
     """The usage journal cannot be read or written."""
 
 
+class RestartError(JournalError):
+    """A restart of the journal that does not fit the records that are here; nothing is changed."""
+
+
+class StatementError(AgentError):
+    """An export of usage that is not as it was written."""
+
+
 class GrantLogError(AgentError):
     """The owner's log is not as it was written."""
 

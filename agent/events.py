@@ -148,6 +148,43 @@ class ReceiptStored(NamedTuple):
     through_seq: int
 
 
+class JournalFull(NamedTuple):
+    """The journal is at its limit, and only what was never sent is left to be made smaller."""
+
+
+class RestartSigned(NamedTuple):
+    """An operator's word, verified, that the journal goes on in a new one.
+
+    Args:
+        restart: what the store is to do; of no interest here.
+    """
+
+    restart: object
+
+
+class JournalMoved(NamedTuple):
+    """The command with this number has changed where the journal ends, or left it as it was.
+
+    Args:
+        head: where it ends now, on disk.
+        restarted: it is another journal, of which the cloud has signed for nothing yet.
+    """
+
+    number: int
+    head: Head
+    restarted: bool = False
+
+
+class JournalDead(NamedTuple):
+    """Usage cannot be made durable; what was handed over is not lost, and is tried again."""
+
+    reason: str
+
+
+class JournalAlive(NamedTuple):
+    """Usage is made durable again, and so is all that waited."""
+
+
 class UsageRefused(NamedTuple):
     """The cloud did not store a batch; it holds records up to `stored_through_seq`."""
 
@@ -180,6 +217,11 @@ Event = (
     | Persisted
     | EcuDone
     | ReceiptStored
+    | JournalFull
+    | RestartSigned
+    | JournalMoved
+    | JournalDead
+    | JournalAlive
     | UsageRefused
     | Ticked
     | Stopping
@@ -335,17 +377,38 @@ class StoreUsage:
 
 
 class MarkSent(NamedTuple):
-    """Note that records up to here are about to be sent."""
+    """Note that the next records from here on are about to be sent.
+
+    Args:
+        records: how many; merges leave holes in the positions.
+    """
 
     number: int
-    through_seq: int
+    first_seq: int
+    records: int
 
 
 class SendUsage(NamedTuple):
-    """Sign and send the records of [first_seq, through_seq]."""
+    """Sign and send the records from first_seq on that are marked as sent, at most so many."""
 
     first_seq: int
-    through_seq: int
+    records: int
+
+
+class MergeUnsent(NamedTuple):
+    """Put a few records in the place of all that were never sent; answered by JournalMoved.
+
+    Until the answer no record is made, because it could not name the hash before it.
+    """
+
+    number: int
+
+
+class RestartJournal(NamedTuple):
+    """Begin a new journal; answered by JournalMoved. No record is made until then."""
+
+    number: int
+    restart: object
 
 
 class Say(NamedTuple):
@@ -369,5 +432,7 @@ Command = (
     | StoreUsage
     | MarkSent
     | SendUsage
+    | MergeUnsent
+    | RestartJournal
     | Say
 )

@@ -108,6 +108,15 @@ class ActuatorKind(enum.Enum):
     """The feature lives on the head unit: apps read its state, no bus is written."""
 
 
+class WhenDead(enum.Enum):
+    """What a feature does while its use cannot be written down; the catalogue's choice."""
+
+    HOLD = "hold"
+    """Its right rests: it ends by its release condition, never in motion."""
+    GO_ON_FREE = "go-on-free"
+    """It goes on, may be switched on, and nothing is billed."""
+
+
 class MeterKind(enum.Enum):
     """What a meter measures."""
 
@@ -239,6 +248,7 @@ class FeatureSpec:
         read_back_interval_s: period of the read-back while active, seconds.
         by_use: it may be sold by use: its ECU signs its count, or the file admits that nobody counts.
         reading: the ECU's own signed count; None if it signs none.
+        when_dead: what it does while the journal cannot be written.
     """
 
     feature_id: str
@@ -261,6 +271,7 @@ class FeatureSpec:
     sha256: str = ""
     by_use: bool = False
     reading: ReadingSpec | None = None
+    when_dead: WhenDead = WhenDead.HOLD
 
     @property
     def inputs(self) -> frozenset[str]:

@@ -16,6 +16,7 @@ NAMES = (
     "decode",
     "durable_commit",
     "ingest",
+    "journal",
     "start",
     "sign",
     "slcan_load",

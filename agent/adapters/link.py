@@ -85,6 +85,7 @@ class Link:
         random: Random,
         post: Callable[[Event], None],
         receipt: Callable[[usage_pb2.SignedUsageReceipt], None],
+        restart: Callable[[usage_pb2.SignedJournalRestart], None],
     ) -> None:
         """Prepares the link; nothing is connected yet.
 
@@ -95,6 +96,7 @@ class Link:
             server_name: name in the server's certificate, if not the endpoint's.
             post: takes events, from the link's thread.
             receipt: takes receipts, unverified.
+            restart: takes restarts of the journal, unverified.
         """
         self._endpoint = endpoint
         self._roots = roots
@@ -105,6 +107,7 @@ class Link:
         self._random = random
         self._post = post
         self._receipt = receipt
+        self._restart = restart
         self._stop = threading.Event()
         self._out: queue.SimpleQueue[pb.ConnectRequest | None] | None = None
         self._lock = threading.Lock()
@@ -258,6 +261,8 @@ class Link:
                     self._post(UpdateArrived(update))
             case "receipt":
                 self._receipt(response.receipt)
+            case "journal_restart":
+                self._restart(response.journal_restart)
             case "usage_refusal":
                 refusal = response.usage_refusal
                 self._post(UsageRefused(refusal.error_type, refusal.error, refusal.stored_through_seq))

@@ -3,14 +3,16 @@
 Trusted metadata, floors, time mark and the usage journal share the file, so
 that each change is one transaction: the old or the new state, never neither.
 The trusted state is what was received, byte for byte; it is verified again at
-each start. A file of a newer schema is refused, not guessed at; one of an older
-schema is brought up in one transaction. A file comes into being whole, so that an
+each start. A file of a newer schema says from which version of this code on it may
+be read (`min_reader`) and is refused before; one of an older schema is brought up in
+one transaction. A file comes into being whole, so that an
 empty one is damage and not a first start. One agent at a time may hold it: two
 would write two continuations of one journal.
 """
 
 from __future__ import annotations
 
+import enum
 import fcntl
 import hashlib
 import json
@@ -22,18 +24,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from agent.adapters import journal
 from agent.adapters.files import sync_folder
-from agent.errors import JournalError
+from agent.adapters.journal import FORMER, PRESENT, SEALED
+from agent.errors import JournalError, RestartError
 from agent.events import StoreTrust, StoreUsage
+from agent.metering.merge import stands_for
 from agent.metering.meter import OpenWindow
-from agent.metering.record import GENESIS_HASH, Head
+from agent.metering.record import Head, Record
+from agent.metering.statement import Key, Pruned
 from agent.model import MeterKind, RepositoryBytes, TrustBytes
 from agent.trust.floors import floors_to_json, read_floors
 from agent.trust.grant_log import LogEntry, LogHead
 from agent.trust.verifier import Floors
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """PRAGMA user_version of the files that this code writes; it brings older ones up to this."""
+MIN_READER = 4
+"""Lowest SCHEMA_VERSION of code that may go on with files of this schema.
+
+It is noted in each file. A schema that only adds tables, or columns with a
+default, keeps it: code of MIN_READER and later leaves alone what it does not
+know. Whatever else changes raises it, and older code refuses the file.
+"""
 
 _TABLES_1 = """
 CREATE TABLE value (name TEXT PRIMARY KEY, content BLOB NOT NULL) STRICT;
@@ -58,9 +71,15 @@ _TABLES_3 = """
 ALTER TABLE record ADD COLUMN owner INTEGER NOT NULL DEFAULT 0;
 """
 """What version 3 adds: whose a record is, one of the numbers below."""
-_PRESENT, _FORMER, _SEALED = 0, 1, 2
-"""A record of the present owner; of a former one, still readable; of a former one, sealed."""
 
+DEFAULT_LIMIT_BYTES = 64 * 1024 * 1024
+"""How large the store may grow before the journal makes room (`agent.adapters.journal`)."""
+LOW_WATER = 15, 16
+"""Down to this part of the limit, so that not every commit has to make room."""
+CHECKPOINT_PAGES = 1_000
+"""Pages in the write-ahead log from which on it is written back (4 MB)."""
+LOG_BYTES = 4 * 1024 * 1024
+"""Length to which the write-ahead log is cut back after a large transaction."""
 MAX_NUMBER = 2**63 - 1
 """Largest number that a store holds."""
 BUSY_S = 10
@@ -74,6 +93,14 @@ _NEXT_STEP = (
     "put a backup in its place, or move it and the -wal and -shm files beside it away and start again:"
     " the cloud sends the rights anew, usage that was not sent is lost"
 )
+
+
+class Room(enum.Enum):
+    """How it stands with the journal's limit."""
+
+    ENOUGH = "below the limit"
+    PRUNED = "some of what the cloud has signed for was removed; there may be more"
+    MERGE = "only what was never sent is left: the engine has to have it merged"
 
 
 class KeptRecord(NamedTuple):
@@ -120,13 +147,21 @@ class Stored:
 class Store:
     """The agent's durable state; used by one thread at a time."""
 
-    def __init__(self, path: Path, *, boot_id: str, journal_id: str | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        boot_id: str,
+        journal_id: str | None,
+        limit_bytes: int = DEFAULT_LIMIT_BYTES,
+    ) -> None:
         """Opens the file, or creates it with mode 0600.
 
         Args:
             boot_id: identifier of the present boot.
             journal_id: identifier of the journal, should a new one be made;
                 None to look only: nothing is made, changed or locked.
+            limit_bytes: above it the journal makes room.
 
         Raises:
             JournalError: it cannot be opened, is damaged, is of a newer schema,
@@ -138,6 +173,11 @@ class Store:
         self._log_holds_former = False
         self.unsealed = 0
         """Records of former owners that can still be read; any thread may ask."""
+        self.limit_bytes = limit_bytes
+        self._merge_at = journal.MERGE_RECORDS
+        self._is_pruning = False
+        self.used_bytes = 0
+        """Size as of the last commit of usage; any thread may ask."""
         self._db: sqlite3.Connection | None = None
         try:
             self._open(journal_id)
@@ -150,6 +190,9 @@ class Store:
                 self._read("PRAGMA journal_mode=WAL")
                 self._read("PRAGMA synchronous=FULL")
                 self._read("PRAGMA secure_delete=ON")  # a former owner's data is overwritten
+                self._read(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
+                self._read(f"PRAGMA journal_size_limit={LOG_BYTES}")
+            self._measure()
         except (OSError, sqlite3.Error, ValueError, KeyError, TypeError) as error:
             self.close()
             reason = error.strerror if isinstance(error, OSError) else error
@@ -173,10 +216,10 @@ class Store:
         if problem != "ok":
             raise JournalError(f"{self.path} is damaged: {problem}; {_NEXT_STEP}")
         version = self._read("PRAGMA user_version")[0][0]
-        if version > SCHEMA_VERSION:
+        if version > SCHEMA_VERSION and (reader := self._min_reader(version)) > SCHEMA_VERSION:
             raise JournalError(
-                f"{self.path} has schema {version}, this agent knows up to {SCHEMA_VERSION};"
-                " install the newer agent"
+                f"{self.path} has schema {version}, for agents that know schema {reader} or later; this one"
+                f" knows up to {SCHEMA_VERSION}; install the newer agent"
             )
         if version < 1:
             raise JournalError(f"{self.path} is damaged: it is empty; {_NEXT_STEP}")
@@ -192,6 +235,12 @@ class Store:
                 with suppress(sqlite3.Error):
                     self._read("PRAGMA secure_delete=ON")
                     self._read("VACUUM")
+
+    def _min_reader(self, version: int) -> int:
+        try:
+            return _int(self._get("min_reader", version))
+        except (sqlite3.Error, ValueError, TypeError):
+            return version  # a schema that this code cannot even ask
 
     def _look_at_a_copy(self) -> None:
         """Goes on with a copy in memory: who only looks leaves an older file as it is."""
@@ -287,9 +336,12 @@ class Store:
                     for role in ("timestamp", "snapshot", "targets")
                     if (content := getattr(repository, role))
                 ]
-                db.executemany("INSERT INTO metadata VALUES (?, ?, ?, ?)", rows)
                 db.executemany(
-                    "INSERT INTO target VALUES (?, ?, ?)", [(name, p, c) for p, c in targets.items()]
+                    "INSERT INTO metadata (repository, role, position, content) VALUES (?, ?, ?, ?)", rows
+                )
+                db.executemany(
+                    "INSERT INTO target (repository, path, content) VALUES (?, ?, ?)",
+                    [(name, p, c) for p, c in targets.items()],
                 )
             _put(db, "floors", floors_to_json(floors))
             _put(db, "as_of_ms", command.signed_ms)
@@ -312,12 +364,14 @@ class Store:
             return
         self._log_holds_former = True
         _put(db, "own", now)
-        db.execute("UPDATE record SET owner = ? WHERE owner = ?", (_FORMER, _PRESENT))
+        db.execute("UPDATE record SET owner = ? WHERE owner = ?", (FORMER, PRESENT))
         ended = [
             (i,) for (i,) in db.execute("SELECT DISTINCT entitlement_id FROM used") if _digest(i) not in now
         ]
         db.executemany("DELETE FROM used WHERE entitlement_id = ?", ended)
         db.execute("DELETE FROM grant_log")
+        for table in ("reported", "old_record", "old_receipt"):
+            db.execute(f"DELETE FROM {table}")  # noqa: S608 (names of this line)
         db.execute("DELETE FROM receipt WHERE through_seq < (SELECT max(through_seq) FROM receipt)")
 
     def _own(self) -> list[str] | None:
@@ -358,35 +412,38 @@ class Store:
         """
         with self._transaction() as db:
             own = self._own()
-            db.executemany(
-                "INSERT INTO record VALUES (?, ?, ?, ?)",
-                [
-                    (r.seq, r.hash, r.content, _PRESENT if _is_own(r.entitlement_id, own) else _FORMER)
-                    for r in command.records
-                ],
-            )
+            _insert(db, command.records, own)
             db.execute("DELETE FROM open_window")
             db.executemany(
-                "INSERT INTO open_window VALUES (?, ?)",
+                "INSERT INTO open_window (position, content) VALUES (?, ?)",
                 [(i, json.dumps(_window_to_json(w))) for i, w in enumerate(command.windows)],
             )
             db.executemany(
-                "INSERT INTO used VALUES (?, ?, ?)"
+                "INSERT INTO used (entitlement_id, meter_id, amount) VALUES (?, ?, ?)"
                 " ON CONFLICT (entitlement_id, meter_id) DO UPDATE SET amount = excluded.amount",
                 [(e, m, amount) for (e, m), amount in command.used.items() if _is_own(e, own)],
             )
             _append_log(db, command.entries)
             _put(db, "boot_id", self._boot_id)
             _put(db, "mark_ms", command.mark_ms)
+        with self._reading():
+            self._measure()
 
-    def mark_sent(self, through_seq: int) -> None:
-        """Notes, before they leave, that records up to here may have been seen.
+    def mark_sent(self, first_seq: int, records: int) -> None:
+        """Notes, before they leave, that the next records from here on may have been seen.
+
+        Args:
+            records: how many; merges leave holes in the positions.
 
         Raises:
             JournalError: nothing was changed.
         """
         with self._transaction() as db:
-            _put(db, "sent_through", max(through_seq, self._number("sent_through")))
+            last = db.execute(
+                "SELECT max(seq) FROM (SELECT seq FROM record WHERE seq >= ? ORDER BY seq LIMIT ?)",
+                (first_seq, records),
+            ).fetchone()[0]
+            _put(db, "sent_through", max(last or 0, self._number("sent_through")))
 
     def records(self, first_seq: int, through_seq: int) -> tuple[KeptRecord, ...]:
         """The records of [first_seq, through_seq], as they are kept.
@@ -394,12 +451,223 @@ class Store:
         Raises:
             JournalError: they cannot be read.
         """
+        return self._records(first_seq, through_seq, -1)
+
+    def marked(self, first_seq: int, records: int) -> tuple[KeptRecord, ...]:
+        """The records from first_seq on that are marked as sent, at most so many.
+
+        Raises:
+            JournalError: they cannot be read, or first_seq and later ones were removed after their receipt.
+        """
+        with self._reading():
+            sent_through = self._number("sent_through")
+            rows = self._read(
+                "SELECT seq, content, owner FROM record WHERE seq >= ? ORDER BY seq LIMIT 1", (first_seq,)
+            )
+        found, content, owner = rows[0] if rows else (first_seq, b"", SEALED)
+        if found > first_seq and owner != SEALED and not stands_for(content, first_seq):
+            raise JournalError(
+                f"the cloud asks for records from {first_seq} on again; those before {found} were removed"
+                " to make room, and the cloud has signed for them: fod-agent export holds its receipts"
+            )
+        return self._records(first_seq, sent_through, records)
+
+    def _records(self, first_seq: int, through_seq: int, limit: int) -> tuple[KeptRecord, ...]:
         with self._reading():
             rows = self._read(
-                "SELECT content, owner FROM record WHERE seq BETWEEN ? AND ? ORDER BY seq",
-                (first_seq, through_seq),
+                "SELECT content, owner FROM record WHERE seq BETWEEN ? AND ? ORDER BY seq LIMIT ?",
+                (first_seq, through_seq, limit),
             )
-        return tuple(KeptRecord(content, owner == _SEALED) for content, owner in rows)
+        return tuple(KeptRecord(content, owner == SEALED) for content, owner in rows)
+
+    def acked_seq(self) -> int:
+        """Position up to which the cloud has signed.
+
+        Raises:
+            JournalError: it cannot be read.
+        """
+        with self._reading():
+            assert self._db is not None
+            return journal.acked_seq(self._db)
+
+    # --- the journal's limit, and its restart --------------------------------------
+
+    def _measure(self) -> None:
+        assert self._db is not None
+        self.used_bytes = journal.used_bytes(self._db)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the store is larger than it may be."""
+        return self.used_bytes > self.limit_bytes
+
+    def make_room(self, now_ms: int) -> Room:
+        """Removes some of what the cloud has signed for, if the store is above its limit.
+
+        Args:
+            now_ms: trusted time.
+
+        Raises:
+            JournalError: nothing was changed.
+        """
+        if not (self.is_over or self._is_pruning):
+            return Room.ENOUGH
+        part, whole = LOW_WATER
+        with self._transaction() as db:
+            removed = journal.prune(
+                db, self._journal_id, enough_bytes=self.limit_bytes * part // whole, now_ms=now_ms
+            )
+            waiting = journal.unsent(db, self._number("sent_through"))
+        with self._reading():
+            self._measure()
+        self._is_pruning = bool(removed)
+        if removed:
+            return Room.PRUNED
+        return Room.MERGE if self.is_over and waiting >= self._merge_at else Room.ENOUGH
+
+    def merge_unsent(self) -> tuple[Head, int]:
+        """Merges what was never sent, in one transaction; see `agent.metering.merge`.
+
+        Returns:
+            The journal's end, which is as before if there was nothing to gain, and how
+            many records were merged.
+
+        Raises:
+            JournalError: nothing was changed; the next merge waits for as many records again.
+        """
+        try:
+            with self._transaction() as db:
+                sent, genesis = self._number("sent_through"), journal.genesis(db, self._journal_id)
+                head, records, count = journal.merge_unsent(db, self._head(), genesis, sent)
+                _insert(db, records, self._own())
+            with self._reading():
+                self._measure()
+        except JournalError:
+            self._merge_at += journal.MERGE_RECORDS
+            raise
+        self._merge_at = journal.MERGE_RECORDS + len(records)
+        return head, count
+
+    def restart_journal(self, restart: journal.Restart, new_id: str) -> Head:
+        """Begins a new journal with what the vehicle holds beyond the fork.
+
+        Raises:
+            RestartError: it does not fit the records that are here; nothing was changed.
+            JournalError: nothing was changed.
+        """
+        with self._transaction() as db:
+            self.check_restart(restart)
+            head, records = journal.restart_journal(db, restart, new_id)
+            _insert(db, records, self._own())
+            _put(db, "journal_id", new_id)
+            _put(db, "sent_through", 0)
+        self._journal_id = new_id
+        return head
+
+    def check_restart(self, restart: journal.Restart) -> bool:
+        """Judges a restart; False if this very one has been carried out already.
+
+        Raises:
+            RestartError: it does not fit the records that are here.
+        """
+        with self._reading():
+            done = self._read("SELECT content FROM restart WHERE old_journal = ?", (restart.journal_id,))
+            if done and bytes(done[0][0]) == restart.content:
+                return False
+            if restart.journal_id != self._journal_id:
+                raise RestartError(f"it is for journal {restart.journal_id}, this one is {self._journal_id}")
+            assert self._db is not None
+            journal.check_restart(self._db, self._head(), restart)
+        return True
+
+    def pruned_sums(self) -> tuple[journal.PrunedSum, ...]:
+        """What was removed after its receipt, as sums.
+
+        Raises:
+            JournalError: it cannot be read.
+        """
+        with self._reading():
+            assert self._db is not None
+            return journal.pruned_sums(self._db)
+
+    def pruned(self) -> tuple[Pruned, ...]:
+        """The same, as a statement of usage takes it.
+
+        Raises:
+            JournalError: it cannot be read.
+        """
+        return tuple(
+            Pruned(
+                s.journal,
+                Key(s.entitlement, s.feature, s.meter, s.account, s.unit, s.dimensions),
+                *s[8:],
+            )
+            for s in self.pruned_sums()
+        )
+
+    @contextmanager
+    def at_one_moment(self) -> Iterator[None]:
+        """All that is read in it is as of one commit, whatever a running agent writes meanwhile.
+
+        Raises:
+            JournalError: it cannot be read.
+        """
+        with self._reading():
+            self._read("BEGIN")
+        try:
+            yield
+        finally:
+            with suppress(sqlite3.Error):
+                self._read("ROLLBACK")
+
+    def receipts(self) -> tuple[journal.KeptReceipt, ...]:
+        """The receipts that are kept, in their order.
+
+        Raises:
+            JournalError: they cannot be read.
+        """
+        with self._reading():
+            assert self._db is not None
+            return journal.receipts(self._db, self._journal_id)
+
+    def restarts(self) -> tuple[journal.KeptRestart, ...]:
+        """The restarts that were carried out, in their order.
+
+        Raises:
+            JournalError: they cannot be read.
+        """
+        with self._reading():
+            assert self._db is not None
+            return journal.restarts(self._db)
+
+    def own_records(self) -> Iterator[tuple[str, bytes]]:
+        """(journal, content) of the present owner's records, in the order in which they were made.
+
+        Raises:
+            JournalError: they cannot be read.
+        """
+        with self._reading():
+            assert self._db is not None
+            yield from journal.own_records(self._db, self._journal_id)
+
+    def head(self) -> Head:
+        """Where the journal ends.
+
+        Raises:
+            JournalError: it cannot be read.
+        """
+        with self._reading():
+            return self._head()
+
+    def _head(self) -> Head:
+        last = self._read("SELECT seq, hash, content, owner FROM record ORDER BY seq DESC LIMIT 1")
+        assert self._db is not None
+        if not last:
+            return Head(self._journal_id, 0, journal.genesis(self._db, self._journal_id))
+        seq, digest, content, owner = last[0]
+        if owner != SEALED and hashlib.sha256(content).digest() != digest:
+            raise ValueError(f"record {seq} does not have the hash that is noted for it")
+        return Head(self._journal_id, seq, bytes(digest))
 
     def record_hash(self, seq: int) -> bytes | None:
         """SHA-256 of a record, or None if the journal does not hold it.
@@ -424,7 +692,10 @@ class Store:
             JournalError: nothing was changed.
         """
         with self._transaction() as db:
-            db.execute("INSERT OR REPLACE INTO receipt VALUES (?, ?, ?)", (through_seq, content, signature))
+            db.execute(
+                "INSERT OR REPLACE INTO receipt (through_seq, content, signature) VALUES (?, ?, ?)",
+                (through_seq, content, signature),
+            )
             if archive_key:
                 _put(db, "archive_key", [archive_key.hex(), signer])
 
@@ -446,16 +717,16 @@ class Store:
         """
         with self._reading():
             key = self._archive_key(signer)
-            acked = self._read("SELECT max(through_seq) FROM receipt")[0][0] or 0
+            acked = self.acked_seq()
             rows = self._read(
                 "SELECT seq, content FROM record WHERE owner = ? AND seq <= ? ORDER BY seq LIMIT ?",
-                (_FORMER, acked, SEAL_RECORDS),
+                (FORMER, acked, SEAL_RECORDS),
             )
         if not rows or not key:
             self._count_unsealed()
             self._empty_log()
             return False
-        sealed = [(seal(content, key, self._journal_id), _SEALED, seq) for seq, content in rows]
+        sealed = [(seal(content, key, self._journal_id), SEALED, seq) for seq, content in rows]
         self._log_holds_former = True
         with self._transaction() as db:
             db.executemany("UPDATE record SET content = ?, owner = ? WHERE seq = ?", sealed)
@@ -472,7 +743,7 @@ class Store:
         return bytes.fromhex(str(found[0])) if found[1] == signer else b""
 
     def _count_unsealed(self) -> None:
-        self.unsealed = self._read("SELECT count(*) FROM record WHERE owner = ?", (_FORMER,))[0][0]
+        self.unsealed = self._read("SELECT count(*) FROM record WHERE owner = ?", (FORMER,))[0][0]
 
     def _empty_log(self) -> None:
         """Empties the write-ahead log if what a sale has overwritten may still be in it."""
@@ -495,7 +766,7 @@ class Store:
         return tuple(content for (content,) in rows)
 
     def journal_id(self) -> str:
-        """Identifier of the journal, 16 hex digits; fixed, so any thread may ask."""
+        """Identifier of the journal, 16 hex digits; any thread may ask."""
         return self._journal_id
 
     @contextmanager
@@ -518,13 +789,8 @@ class Store:
             JournalError: a part cannot be read.
         """
         with self._reading():
-            last = self._read("SELECT seq, hash, content, owner FROM record ORDER BY seq DESC LIMIT 1")
-            acked = self._read("SELECT max(through_seq) FROM receipt")[0][0]
             windows = self._read("SELECT content FROM open_window ORDER BY position")
             used = self._read("SELECT entitlement_id, meter_id, amount FROM used")
-            seq, digest, content, owner = last[0] if last else (0, GENESIS_HASH, b"", _SEALED)
-            if owner != _SEALED and hashlib.sha256(content).digest() != digest:
-                raise ValueError(f"record {seq} does not have the hash that is noted for it")
             restored = tuple(_window_from_json(json.loads(content)) for (content,) in windows)
             floors = read_floors(found) if (found := self._get("floors", {})) != {} else Floors()
             own = self._own()
@@ -534,8 +800,8 @@ class Store:
                 as_of_ms=self._number("as_of_ms"),
                 mark_ms=self._number("mark_ms"),
                 contact_ms=self._number("contact_ms"),
-                head=Head(self._journal_id, seq, bytes(digest)),
-                acked_seq=acked or 0,
+                head=self._head(),
+                acked_seq=self.acked_seq(),
                 windows=restored,
                 used={(e, m): amount for e, m, amount in used},
                 same_boot=self._get("boot_id", "") == self._boot_id,
@@ -555,8 +821,18 @@ def _digest(entitlement_id: str) -> str:
     return hashlib.sha256(entitlement_id.encode()).hexdigest()
 
 
+def _insert(db: sqlite3.Connection, records: tuple[Record, ...], own: list[str] | None) -> None:
+    db.executemany(
+        "INSERT INTO record (seq, hash, content, owner) VALUES (?, ?, ?, ?)",
+        [(r.seq, r.hash, r.content, PRESENT if _is_own(r.entitlement_id, own) else FORMER) for r in records],
+    )
+
+
 def _append_log(db: sqlite3.Connection, entries: tuple[LogEntry, ...]) -> None:
-    db.executemany("INSERT INTO grant_log VALUES (?, ?, ?)", [(e.seq, e.hash, e.content) for e in entries])
+    db.executemany(
+        "INSERT INTO grant_log (seq, hash, content) VALUES (?, ?, ?)",
+        [(e.seq, e.hash, e.content) for e in entries],
+    )
 
 
 def _create(path: Path, journal_id: str) -> None:
@@ -570,9 +846,10 @@ def _create(path: Path, journal_id: str) -> None:
     with closing(sqlite3.connect(fresh, isolation_level=None)) as db:
         db.execute("PRAGMA synchronous=FULL")
         db.execute("BEGIN")
-        for statement in (_TABLES_1 + _TABLES_2 + _TABLES_3).split(";"):
+        for statement in (_TABLES_1 + _TABLES_2 + _TABLES_3 + journal.TABLES).split(";"):
             db.execute(statement)
         _put(db, "journal_id", journal_id)
+        _put(db, "min_reader", MIN_READER)
         db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
         db.execute("COMMIT")
     fresh.rename(path)
@@ -582,23 +859,33 @@ def _create(path: Path, journal_id: str) -> None:
 def _bring_up(db: sqlite3.Connection, version: int) -> None:
     """Brings a file of an older version up to this one, in one transaction; closing undoes half a one."""
     db.execute("BEGIN IMMEDIATE")
-    for statement in ((_TABLES_2 if version < 2 else "") + _TABLES_3).split(";"):  # noqa: PLR2004
+    added = (_TABLES_2, _TABLES_3, journal.TABLES)[version - 1 :]
+    for statement in "".join(added).split(";"):
         db.execute(statement)
-    values = {name: json.loads(content) for name, content in db.execute("SELECT name, content FROM value")}
+    _put(db, "min_reader", MIN_READER)
+    if version < 3:  # noqa: PLR2004
+        _add_checksums(db, version)
+    db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+    db.execute("COMMIT")
+
+
+def _add_checksums(db: sqlite3.Connection, version: int) -> None:
+    """Gives named values the checksums that they have since version 3."""
+    rows = db.execute("SELECT name, content FROM value WHERE name != 'min_reader'")
+    values = {name: json.loads(content) for name, content in rows}
     if version == 1 and "floors" in values:
         # Version 1 knew no owner epochs, and its mark was of the keys that its floors name.
         floors = read_floors({**values["floors"], "owner_epoch": 0})
         values |= {"floors": floors_to_json(floors), "mark_epoch": floors.director_epoch}
-    for name, content in values.items():  # before version 3 they had no checksum
+    for name, content in values.items():
         _put(db, name, content)
-    db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-    db.execute("COMMIT")
 
 
 def _put(db: sqlite3.Connection, name: str, content: object) -> None:
     line = json.dumps(content).encode()
     db.execute(
-        "INSERT INTO value VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET content = excluded.content",
+        "INSERT INTO value (name, content) VALUES (?, ?)"
+        " ON CONFLICT (name) DO UPDATE SET content = excluded.content",
         (name, line + b"\n" + _value_digest(name, line)),
     )
 

@@ -31,7 +31,7 @@ class Event(enum.Enum):
 
     ENTITLED = "a live right is there"
     ENDED = "no live right is there"
-    SUSPENDED = "the right rests: a quota or the grace has run out"
+    SUSPENDED = "the right rests: a quota or the grace has run out, or the journal is dead"
     READY = "the activation condition holds"
     MISSED = "the activation condition or the right was gone before anything was sent"
     CONFIRMED = "the ECU reports it on, after it was asked"

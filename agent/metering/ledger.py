@@ -70,8 +70,10 @@ class Ledger:
         self.used: dict[tuple[str, str], int] = {}
         """Amounts closed under each (entitlement, meter), ms or m."""
         self._own_ids: frozenset[str] | None = None
-        self.unsaved: list[Record] = []
-        """Records that no command to store them has carried yet."""
+        self.unsaved: list[Use] = []
+        """Closed windows that are no records yet (`take_records`)."""
+        self.free: frozenset[str] = frozenset()
+        """Features whose use is declared and not billed for now, because it cannot be written down."""
         self._sessions: dict[str, list[_Session]] = {}
         self._armed: dict[str, list[OpenWindow]] = {}
         self._confirmed_ns: dict[str, int] = {}
@@ -261,10 +263,10 @@ class Ledger:
     def used_now(self, entitlement_id: str, meter_id: str) -> int:
         """Amount used under a right, open windows included, ms or m."""
         used = self.used.get((entitlement_id, meter_id), 0)
-        for sessions in self._sessions.values():
+        for feature_id, sessions in self._sessions.items():
             for session in sessions:
                 same = session.entitlement.entitlement_id == entitlement_id
-                if same and session.meter.spec.meter_id == meter_id:
+                if same and session.meter.spec.meter_id == meter_id and feature_id not in self.free:
                     used += sum(t.value for t in session.meter.totals_now().values())
         return used
 
@@ -284,7 +286,7 @@ class Ledger:
         for feature_id, sessions in self._sessions.items():
             for session in sessions:
                 meter = session.meter
-                totals = meter.totals_now()
+                totals = {key: self._as_billed(feature_id, t) for key, t in meter.totals_now().items()}
                 unsettled_ms = max(0, now_ns - meter.mark_ns) // _NS_PER_MS
                 window = self._window_of(feature_id, session)
                 windows.append(
@@ -396,7 +398,15 @@ class Ledger:
             reading = self._readings.pop(window.feature_id)[1]
             totals = totals or {(): Total()}
         for left, (dimensions, total) in enumerate(totals.items(), 1 - len(totals)):
-            self._book(window, dimensions, total, end_ms, signed=signed, reading=b"" if left else reading)
+            billed = self._as_billed(window.feature_id, total)
+            self._book(window, dimensions, billed, end_ms, signed=signed, reading=b"" if left else reading)
+
+    def _as_billed(self, feature_id: str, total: Total) -> Total:
+        """What is billed of an amount: nothing while the feature goes on free of charge."""
+        if feature_id not in self.free:
+            return total
+        gap = total.gap + total.value
+        return Total(0, gap, "JOURNAL" if gap or total.unbounded else "", unbounded=total.unbounded)
 
     @staticmethod
     def _window_of(feature_id: str, session: _Session) -> OpenWindow:
@@ -426,7 +436,7 @@ class Ledger:
         signed: bool,
         reading: bytes = b"",
     ) -> None:
-        """Makes the next record of the chain; what is beyond any bill is declared as unbounded."""
+        """Closes a window; what is beyond any bill is declared as unbounded."""
         unbounded = total.unbounded or max(total.gap, total.value) > MAX_AMOUNT
         use = Use(
             feature_id=window.feature_id,
@@ -445,22 +455,30 @@ class Ledger:
             gap_unbounded=unbounded,
             reading=reading,
         )
-        self.head, record = append(self.head, self._source, use)
-        self.unsaved.append(record)
+        self.unsaved.append(use)
         key = (use.entitlement_id, use.meter_id)
         if self._own_ids is None or use.entitlement_id in self._own_ids:
             self.used[key] = self.used.get(key, 0) + use.value
-        self._say(
-            "info",
-            "usage window is closed",
-            feature=use.feature_id,
-            meter=use.meter_id,
-            value=use.value,
-            gap=use.gap,
-            gap_reason=use.gap_reason,
-            seq=record.seq,
-            trace_id=use.trace_id,
-        )
+
+    def take_records(self) -> tuple[Record, ...]:
+        """Makes records of the closed windows, the next ones of the chain, to be stored at once."""
+        records = []
+        for use in self.unsaved:
+            self.head, record = append(self.head, self._source, use)
+            records.append(record)
+            self._say(
+                "info",
+                "usage window is closed",
+                feature=use.feature_id,
+                meter=use.meter_id,
+                value=use.value,
+                gap=use.gap,
+                gap_reason=use.gap_reason,
+                seq=record.seq,
+                trace_id=use.trace_id,
+            )
+        self.unsaved.clear()
+        return tuple(records)
 
     def _trace_id(self, entitlement: Entitlement, meter: MeterSpec, now_ns: int) -> str:
         """32 hex digits, the same in a replay of the same life."""

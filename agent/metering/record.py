@@ -24,6 +24,8 @@ BATCH_DOMAIN = b"openfod.usage.batch.v1\x00"
 """What stands before a batch under its signature."""
 RECEIPT_DOMAIN = b"openfod.usage.receipt.v1\x00"
 """What stands before a receipt under its signature."""
+RESTART_DOMAIN = b"openfod.usage.restart.v1\x00"
+"""What stands before a journal's restart under its signature."""
 
 UNITS = {
     MeterKind.DURATION: usage_pb2.UNIT_MILLISECOND,

@@ -25,6 +25,7 @@ from agent.model import (
     MeterSpec,
     ReadBackSpec,
     ReadingSpec,
+    WhenDead,
 )
 from agent.wire import FEATURE_ID, bounded, shown
 
@@ -206,6 +207,7 @@ def _feature(document: _Table, sha256: str) -> FeatureSpec:
     conditions = document.table("conditions")
     activate, release_when = conditions.table("activate"), conditions.table("release")
     hold = document.table("hold")
+    journal = document.table("journal") if document.has("journal") else None
     ecu = document.table("ecu")
     read_back = document.table("read_back") if is_token else None
     reading = document.table("reading") if is_token and document.has("reading") else None
@@ -231,9 +233,14 @@ def _feature(document: _Table, sha256: str) -> FeatureSpec:
         sha256=sha256,
         by_use=by_use or enforcement == "detect-only",
         reading=_reading(reading, meters) if reading else None,
+        when_dead=(
+            WhenDead(journal.choice("when_dead", [choice.value for choice in WhenDead]))
+            if journal
+            else WhenDead.HOLD
+        ),
     )
-    tables = (feature, actuator, activate, release_when, conditions, hold, ecu, read_back, reading, document)
-    for table in tables:
+    tables = (journal, feature, actuator, activate, release_when, conditions, hold, ecu, read_back, reading)
+    for table in (*tables, document):
         if table:
             table.close()
     return spec

@@ -49,7 +49,7 @@ def without_condition(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_activation_that_waited_for_the_disk_is_not_sent_into_motion(world: World) -> None:
     persist = world._persist
 
-    def slowly(command: ev.StoreTrust | ev.StoreUsage | ev.MarkSent) -> None:
+    def slowly(command: ev.StoreTrust | ev.StoreUsage | ev.MarkSent | ev.MergeUnsent) -> None:
         if isinstance(command, ev.StoreUsage):
             world._later(5000, lambda: persist(command))
         else:
@@ -289,7 +289,7 @@ def test_answering_every_nonce_costs_a_bounded_number_of_writes(world: World) ->
     written = 0
     persist = world._persist
 
-    def count(command: ev.StoreTrust | ev.StoreUsage | ev.MarkSent) -> None:
+    def count(command: ev.StoreTrust | ev.StoreUsage | ev.MarkSent | ev.MergeUnsent) -> None:
         nonlocal written
         written += isinstance(command, ev.StoreTrust)
         persist(command)
@@ -311,7 +311,7 @@ def test_a_window_that_waits_for_a_silent_ecu_costs_no_write_every_two_seconds(w
     written = 0
     persist = world._persist
 
-    def count(command: ev.StoreTrust | ev.StoreUsage | ev.MarkSent) -> None:
+    def count(command: ev.StoreTrust | ev.StoreUsage | ev.MarkSent | ev.MergeUnsent) -> None:
         nonlocal written
         written += isinstance(command, ev.StoreUsage)
         persist(command)

@@ -195,6 +195,7 @@ def linked(
         dice,
         listener.queue.put,
         lambda _receipt: None,
+        lambda _restart: None,
     )
     link.start()
     try:

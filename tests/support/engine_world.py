@@ -20,6 +20,7 @@ from agent import events as ev
 from agent.engine import Engine
 from agent.errors import EcuSilentError, NegativeResponseError, VehicleError
 from agent.features.guard import Guard
+from agent.metering.merge import Kept, merge
 from agent.metering.meter import OpenWindow
 from agent.metering.record import GENESIS_HASH, Head, Record
 from agent.model import (
@@ -108,6 +109,7 @@ class Disk:
     windows: tuple[OpenWindow, ...] = ()
     used: dict[tuple[str, str], int] = field(default_factory=dict)
     acked_seq: int = 0
+    sent_through: int = 0
     log: list[bytes] = field(default_factory=list)
 
     @property
@@ -176,12 +178,16 @@ class Cloud:
                     self.refusals.append(f"record {record.seq} was sent with other bytes")
                     return None
                 continue
-            if record.seq != len(self.taken) + 1 or record.prev_hash != self.head:
-                self.refusals.append(f"record {record.seq} does not follow {len(self.taken)}")
+            last = max(self.taken, default=0)
+            follows = record.seq == last + 1 and record.prev_hash == self.head
+            merged = record.merged
+            across = merged.first_seq == last + 1 and merged.before_hash == self.head
+            if not follows and not (across and record.seq == merged.last_seq + 1):
+                self.refusals.append(f"record {record.seq} does not follow {last}")
                 return None
             self.taken[record.seq] = content
             self.head = hashlib.sha256(content).digest()
-        return len(self.taken)
+        return max(self.taken, default=0)
 
 
 @dataclass
@@ -216,6 +222,8 @@ class World:
         self._stream = 0
         self.dead_since_ms: int | None = None
         self.duplicate_messages = False
+        self.unwritten: list[ev.StoreTrust | ev.StoreUsage | ev.MarkSent | ev.MergeUnsent] | None = None
+        """What waits for a disk that cannot be written; None while it can."""
 
     # --- running ------------------------------------------------------------
 
@@ -356,7 +364,7 @@ class World:
                 self.guard.allow(rights, live)
             case ev.MakeNonce():
                 self._later(0, lambda: self.tell(ev.NonceMade(self.random.randbytes(16))))
-            case ev.StoreTrust() | ev.StoreUsage() | ev.MarkSent():
+            case ev.StoreTrust() | ev.StoreUsage() | ev.MarkSent() | ev.MergeUnsent():
                 self._later(self.random.randint(1, 30), lambda: self._persist(command))
             case ev.Verify():
                 self._later(self.random.randint(1, 10), lambda: self._verify(command))
@@ -364,15 +372,45 @@ class World:
                 self._over_network(lambda: self._hello(nonce, director.targets))
             case ev.OfferNonce(nonce):
                 self._over_network(lambda: self._offered(nonce))
-            case ev.SendUsage(first, through):
-                records = [self.disk.records[n].content for n in range(first, through + 1)]
+            case ev.SendUsage(first, count):
+                numbers = sorted(n for n in self.disk.records if n >= first)[:count]
+                records = [self.disk.records[n].content for n in numbers]
                 self._over_network(lambda: self._usage(records))
             case ev.RunEcu():
                 self._run_ecu(command)
             case _:
                 pass
 
-    def _persist(self, command: ev.StoreTrust | ev.StoreUsage | ev.MarkSent) -> None:
+    def let_journal_die(self) -> None:
+        """From now on nothing can be written."""
+        self.unwritten = []
+        self.tell(ev.JournalDead("disk I/O error"))
+
+    def let_journal_live(self) -> None:
+        """What waited is written, in its order."""
+        waiting, self.unwritten = self.unwritten or [], None
+        for command in waiting:
+            self._persist(command)
+        self.tell(ev.JournalAlive())
+
+    def _merge(self, number: int) -> None:
+        behind = max(self.disk.sent_through, self.disk.acked_seq)
+        unsent = [record for seq, record in sorted(self.disk.records.items()) if seq > behind]
+        if unsent:
+            kept = Kept(behind, self.disk.records[behind].hash if behind else GENESIS_HASH)
+            _, merged = merge(self.disk.head, kept, (record.content for record in unsent))
+            for record in unsent:
+                del self.disk.records[record.seq]
+            self.disk.records |= {record.seq: record for record in merged}
+        self.tell(ev.JournalMoved(number, self.disk.head))
+
+    def _persist(self, command: ev.StoreTrust | ev.StoreUsage | ev.MarkSent | ev.MergeUnsent) -> None:
+        if self.unwritten is not None:
+            self.unwritten.append(command)
+            return
+        if isinstance(command, ev.MergeUnsent):
+            self._merge(command.number)
+            return
         match command:
             case ev.StoreTrust(_, verdict, mark_ms):
                 self.disk.verdict = verdict
@@ -388,8 +426,9 @@ class World:
                     self.disk.records[record.seq] = record
                 self.disk.windows, self.disk.used = windows, dict(used)
                 self.disk.mark_ms = max(self.disk.mark_ms, mark_ms)
-            case _:
-                pass
+            case ev.MarkSent(_, first, count):
+                numbers = sorted(n for n in self.disk.records if n >= first)[:count]
+                self.disk.sent_through = max([self.disk.sent_through, *numbers])
         if not isinstance(command, ev.MarkSent):
             self._append_log(command.entries)
         self.tell(ev.Persisted(command.number))
@@ -409,7 +448,7 @@ class World:
 
     def _hello(self, nonce: bytes, targets: int) -> None:
         self._send_update(nonce)
-        through = len(self.cloud.taken)
+        through = max(self.cloud.taken, default=0)
         if through:
             self._over_network(lambda: self._receipt(through))
 

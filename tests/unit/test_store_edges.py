@@ -27,7 +27,7 @@ from support.edge_store import (
     window,
 )
 
-from agent.adapters.store import SCHEMA_VERSION, KeptRecord, Store
+from agent.adapters.store import CHECKPOINT_PAGES, LOG_BYTES, SCHEMA_VERSION, KeptRecord, Store
 from agent.errors import JournalError
 from agent.events import StoreTrust, StoreUsage
 
@@ -42,7 +42,7 @@ def filled(path: Path, records: int = 20) -> None:
     store.store_trust(trust(1), floors(1))
     store.store_usage(usage(*range(1, records + 1), windows=(window(),)))
     store.store_receipt(2, b"receipt", b"signature")
-    store.mark_sent(3)
+    store.mark_sent(3, 1)
     store.close()
 
 
@@ -162,10 +162,10 @@ def test_full_disk_is_an_error_and_the_next_write_works_once_there_is_space(path
 def test_the_mark_is_what_the_clock_says_and_sent_never_goes_back(path: Path) -> None:
     store = open_store(path)
     store.store_usage(usage(1, mark_ms=5000))
-    store.store_usage(usage(2, mark_ms=10))
-    store.mark_sent(9)
-    store.mark_sent(2)
-    assert (store.load().mark_ms, store._number("sent_through")) == (10, 9)
+    store.store_usage(usage(2, 3, 4, mark_ms=10))
+    store.mark_sent(1, 3)
+    store.mark_sent(1, 2)
+    assert (store.load().mark_ms, store._number("sent_through")) == (10, 3)
     store.close()
 
 
@@ -257,12 +257,80 @@ def test_flipped_bytes_end_in_our_error_or_in_content_that_can_be_checked(path: 
     assert refusals > 10
 
 
-def test_newer_schema_is_refused(path: Path) -> None:
-    open_store(path).close()
+def newer(path: Path, *, min_reader: int | None) -> None:
+    """Makes a file as a later release may leave it: another version, a new table, a new column."""
+    filled(path)
     db = sqlite3.connect(path)
-    db.execute(f"PRAGMA user_version={SCHEMA_VERSION + 1}")
+    db.execute(f"PRAGMA user_version={SCHEMA_VERSION + 3}")
+    db.execute("CREATE TABLE later (x INTEGER NOT NULL) STRICT")
+    db.execute("INSERT INTO later VALUES (7)")
+    for table in ("record", "value", "receipt", "open_window", "used", "metadata", "target", "grant_log"):
+        db.execute(f"ALTER TABLE {table} ADD COLUMN later TEXT NOT NULL DEFAULT 'x'")
+    if min_reader is None:
+        db.execute("DELETE FROM value WHERE name = 'min_reader'")
+    else:
+        content = value("min_reader", min_reader)
+        db.execute("UPDATE value SET content = ? WHERE name = 'min_reader'", (content,))
+    db.commit()
     db.close()
-    refused(path, f"schema {SCHEMA_VERSION + 1}.*newer agent")
+
+
+@pytest.mark.parametrize("min_reader", [SCHEMA_VERSION + 1, SCHEMA_VERSION + 3, None])
+def test_newer_schema_that_this_code_may_not_read_is_refused(path: Path, min_reader: int | None) -> None:
+    newer(path, min_reader=min_reader)
+    named = min_reader or SCHEMA_VERSION + 3
+    refused(path, f"schema {SCHEMA_VERSION + 3}, for agents that know schema {named}.*newer agent")
+
+
+def test_after_a_downgrade_a_newer_schema_that_allows_it_is_read_and_written(path: Path) -> None:
+    newer(path, min_reader=SCHEMA_VERSION)
+    store = open_store(path)
+    stored = store.load()
+    assert (stored.head.seq, stored.acked_seq, stored.trust) == (20, 2, trust_bytes(1))
+    store.store_usage(usage(21, windows=(window(),)))
+    store.store_trust(trust(2), floors(2))
+    store.store_receipt(21, b"receipt", b"signature")
+    store.mark_sent(21, 1)
+    store.close()
+    store = open_store(path)
+    assert (store.load().head.seq, store.load().acked_seq, store.load().trust) == (21, 21, trust_bytes(2))
+    store.close()
+    db = sqlite3.connect(path)
+    assert db.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION + 3,)
+    assert db.execute("SELECT x FROM later").fetchall() == [(7,)]
+    db.close()
+
+
+def test_damaged_word_on_who_may_read_it_is_a_no(path: Path) -> None:
+    newer(path, min_reader=SCHEMA_VERSION)
+    db = sqlite3.connect(path)
+    db.execute("UPDATE value SET content = ? WHERE name = 'min_reader'", (b"1\n0000000000000000",))
+    db.commit()
+    db.close()
+    refused(path, "newer agent")
+
+
+def test_the_live_connection_writes_through_to_the_disk(path: Path) -> None:
+    store = open_store(path)
+    assert store._db is not None
+    modes = {
+        name: store._db.execute(f"PRAGMA {name}").fetchone()[0]
+        for name in (
+            "journal_mode",
+            "synchronous",
+            "secure_delete",
+            "wal_autocheckpoint",
+            "journal_size_limit",
+        )
+    }
+    assert modes == {
+        "journal_mode": "wal",
+        "synchronous": 2,  # FULL
+        "secure_delete": 1,
+        "wal_autocheckpoint": CHECKPOINT_PAGES,
+        "journal_size_limit": LOG_BYTES,
+    }
+    store.close()
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_looking_at_an_older_database_leaves_it_as_it_is(path: Path) -> None:
     looker = Store(path, boot_id=BOOT, journal_id=None)
     assert looker.load().floors == floors(3)
     with pytest.raises(JournalError, match="readonly"):
-        looker.mark_sent(5)
+        looker.mark_sent(1, 5)
     looker.close()
     assert path.read_bytes() == before
     assert schema(path)[0] == 1

@@ -8,7 +8,7 @@ import pytest
 from support.trust_repo import LOGBOOK, SEAT, feature_file
 
 from agent.errors import LimitError, MalformedError
-from agent.model import ActuatorKind, ConditionSpec, EcuSpec, MeterKind, ReadBackSpec
+from agent.model import ActuatorKind, ConditionSpec, EcuSpec, MeterKind, ReadBackSpec, WhenDead
 from agent.trust.catalogue import parse_feature
 
 SEAT_TOML = feature_file(SEAT).decode()
@@ -32,6 +32,16 @@ def test_a_feature_with_a_token_is_read_whole() -> None:
     assert spec.release_when == ConditionSpec("Vehicle.Speed < 1.0", ("Vehicle.Speed",))
     assert [meter.kind for meter in spec.meters] == [MeterKind.DURATION, MeterKind.DISTANCE]
     assert spec.sha256 == hashlib.sha256(content).hexdigest()
+
+
+def test_what_it_does_on_a_dead_journal_is_the_catalogues_choice() -> None:
+    assert parse_feature(SEAT_TOML.encode()).when_dead is WhenDead.HOLD
+    for choice in WhenDead:
+        text = f'{SEAT_TOML}\n[journal]\nwhen_dead = "{choice.value}"\n'
+        assert parse_feature(text.encode()).when_dead is choice
+    for wrong in ('when_dead = "bill"', "", 'when_dead = "hold"\nelse = 1'):
+        with pytest.raises(MalformedError, match="journal"):
+            parse_feature(f"{SEAT_TOML}\n[journal]\n{wrong}\n".encode())
 
 
 def test_a_feature_of_the_head_unit_writes_to_no_bus() -> None:

@@ -131,17 +131,23 @@ class MergedWindows(_message.Message):
     BEFORE_HASH_FIELD_NUMBER: _builtins.int
     RECORDS_FIELD_NUMBER: _builtins.int
     first_seq: _builtins.int
-    """Position of the first record that was removed; signed."""
+    """Position right behind the last record that may have been sent, so behind
+    what the cloud holds or is about to get; a merge of merges begins there
+    too; signed.
+    """
     last_seq: _builtins.int
     """Position of the last one; the first record of a merge stands right behind
     it and names its hash as prev_hash; signed.
     """
     before_hash: _builtins.bytes
-    """SHA-256 of the record before first_seq; what record 1 of this journal names
-    if first_seq is 1; signed.
+    """SHA-256 of the record before first_seq; if first_seq is 1, what record 1
+    would have named as prev_hash; signed.
     """
     records: _builtins.int
-    """Records that are summed up in this one; signed."""
+    """Windows that are summed up in this one, at least 1; of a record that was
+    itself a merge, those that it stood for, so that the records of one merge
+    may name fewer together than last_seq - first_seq + 1; signed.
+    """
     def __init__(
         self,
         *,
@@ -459,6 +465,7 @@ class JournalRestart(_message.Message):
 
     The vehicle moves its own records from fork_seq on into a new journal, whose
     first record names head_hash. What the cloud holds of the old journal stands.
+    Merged records move as plain ones, without `merged`.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
