@@ -41,8 +41,9 @@ test-socketcan: $(STAMP) ## The bus suite on real SocketCAN: vcan0 if it is here
 test-crash: $(STAMP) ## 50 rounds of kill -9 in a drive (ROUNDS=50)
 	@FOD_CRASH_ROUNDS=$${ROUNDS:-50} $(BIN)/python -m pytest --timeout 1200 -s tests/e2e/test_crash_rounds.py $(ARGS)
 
-simulate: $(STAMP) ## Seeded simulation of engine, cloud and vehicle (SEEDS=1000)
-	@FOD_SEEDS=$${SEEDS:-1000} $(BIN)/python -m pytest --timeout 1200 -s tests/simulation $(ARGS)
+simulate: $(STAMP) ## Months of life of many vehicles, by new seeds (SEEDS=1000), or one again: FOD_SEED=N make simulate
+	@if test -n "$${FOD_SEED:-}"; then set -- -k this_seed; else export FOD_SEEDS=$${SEEDS:-1000}; fi; \
+		$(BIN)/python -m pytest --timeout 1200 -s tests/simulation "$$@" $(ARGS)
 
 $(FUZZ_STAMP): $(STAMP) requirements-fuzz.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r requirements-fuzz.lock

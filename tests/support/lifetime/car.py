@@ -6,10 +6,10 @@ import json
 from dataclasses import dataclass
 
 import cbor2
+from support.engine_world import HEAT, IGNITION, MS, ODO, SPEED, STEP_M
 
 from agent.errors import EcuSilentError, NegativeResponseError, VehicleError
 from agent.model import SignalInfo, SignalValue
-from support.engine_world import HEAT, IGNITION, MS, ODO, SPEED, STEP_M
 
 AGE_MS = 40_000
 """Age at which a signal counts as silent; frames come at every change and every BEAT_MS."""

@@ -7,14 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from random import Random
 
-from agent.model import Entitlement, PlanKind, Quota
-from openfod.usage.v1 import usage_pb2
-from support.engine_world import EPOCH_MS, FEATURE, entitlement
+from support.engine_world import FEATURE, entitlement
 from support.lifetime.car import AGE_MS, SeatEcu
 from support.lifetime.disk import Image
 from support.lifetime.office import Backup, SqlTables, Tables
 from support.lifetime.verified import VerifiedWorld
 from support.lifetime.world import World
+
+from agent.model import Entitlement, PlanKind, Quota
+from openfod.usage.v1 import usage_pb2
 
 HOUR_MS = 3_600_000
 DAY_MS = 24 * HOUR_MS
@@ -202,7 +203,7 @@ class Life:
         self.world.change(lambda: setattr(self.world.car.ecu, "on", False))
 
     def _lose_frames(self) -> None:
-        """Longer than a signal may be silent: a state that comes and goes in less is the meters' stated limit."""
+        """Longer than a signal may be silent: what comes and goes in less is the meters' stated limit."""
         self.world.happened["lost frames"] += 1
         names = sorted(self.world.car.frames())
         self.world.lost_frames = {self.random.choice(names)}
@@ -248,7 +249,7 @@ class Life:
             world.office.publish_again(0, 0)
 
     def _restore_cloud(self, backup: Backup) -> None:
-        """The operator brings the rights to where they were: what was ended stays so, what was paid goes on."""
+        """The operator brings rights to where they were: what was ended stays so, what was paid goes on."""
         office = self.world.office
         wanted, counter, owner = office.current, office.rights.counter, office.rights.owner_epoch
         version = office.rights.version
@@ -317,9 +318,10 @@ class Life:
             world.violations.append("a right has ended, the car stands, and the feature is on")
         is_usable = world.car.ecu.cycles_left > 0 or token.counter > world.car.ecu.counter
         is_old = token.counter < world.car.ecu.counter
-        if right is not None and right.plan_kind is PlanKind.PERPETUAL and is_usable and not is_old:
-            if world.state() != "ACTIVE" or not world.car.ecu.on:
-                world.violations.append(f"what was bought outright does not work: {world.state()}")
+        is_bought = right is not None and right.plan_kind is PlanKind.PERPETUAL
+        works = world.state() == "ACTIVE" and world.car.ecu.on
+        if is_bought and is_usable and not is_old and not works:
+            world.violations.append(f"what was bought outright does not work: {world.state()}")
 
     def _check_end(self) -> None:
         world = self.world

@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from support.engine_world import catalogue_feature, token
 
 from agent.metering.record import batch as batch_bytes
 from agent.model import Entitlement, Rights
@@ -25,7 +26,6 @@ from cloud.errors import ForkError, UsageError
 from cloud.store import EntitlementRow, ReceiptRow, Store, Transaction, UsageRow, VehicleRow
 from openfod.entitlement.v1 import entitlement_pb2
 from openfod.usage.v1 import usage_pb2
-from support.engine_world import catalogue_feature, token
 
 T = TypeVar("T")
 
@@ -199,7 +199,7 @@ class Office:
         self.tables = tables
         self.rights = _Rights()
         self.prices: dict[str, tuple[Entitlement, int]] = {}
-        """By entitlement: the right as granted and its price for an hour, minor units; contracts, not database."""
+        """By entitlement: the right as granted, and its price for an hour in minor units; outlives the database."""
         self.price_minor = 60
         self.nonce: bytes | None = None
         self.forks: list[tuple[str, int]] = []

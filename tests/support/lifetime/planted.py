@@ -7,15 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+from support.lifetime.disk import Disk
+from support.lifetime.office import MemoryTables
+from support.lifetime.world import World
+
 from agent import events as ev
 from agent.engine import Engine
 from agent.metering.record import Head, Record
 from agent.model import Rights
 from cloud.store import Transaction, UsageRow
 from openfod.usage.v1 import usage_pb2
-from support.lifetime.disk import Disk
-from support.lifetime.office import MemoryTables
-from support.lifetime.world import World
 
 T = TypeVar("T")
 

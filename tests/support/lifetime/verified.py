@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from agent import events as ev
-from agent.errors import ReplayError, TrustError
-from agent.model import Entitlement, PlanKind, TrustBytes, Verdict
-from agent.trust.verifier import Floors, floors_after, verify_stored, verify_update
-from openfod.entitlement.v1 import entitlement_pb2
 from support import trust_repo
 from support.engine_world import FEATURE
 from support.lifetime.disk import State
 from support.lifetime.office import Office, Tables
 from support.lifetime.world import World
+
+from agent import events as ev
+from agent.errors import ReplayError, TrustError
+from agent.model import Entitlement, PlanKind, TrustBytes, Verdict
+from agent.trust.verifier import Floors, floors_after, verify_stored, verify_update
+from openfod.entitlement.v1 import entitlement_pb2
 
 _RENEW_MS = 12 * 3_600_000
 """Age at which the cloud signs both repositories anew; their shortest expiry is a day."""

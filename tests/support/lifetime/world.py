@@ -15,6 +15,11 @@ from collections import Counter, deque
 from collections.abc import Callable
 from random import Random
 
+from support.engine_world import EPOCH_MS, FEATURE, MS, SPEED
+from support.lifetime.car import BEAT_MS, INFOS, Car
+from support.lifetime.disk import Disk, State
+from support.lifetime.office import SOURCE, Backup, MemoryTables, Office, Refusal, Tables, signed_batch
+
 from agent import events as ev
 from agent.engine import Engine
 from agent.errors import VehicleError
@@ -32,10 +37,6 @@ from agent.model import (
 from agent.trust.clock import TrustedClock
 from agent.trust.grant_log import verify_chain
 from openfod.usage.v1 import usage_pb2
-from support.engine_world import EPOCH_MS, FEATURE, MS, SPEED
-from support.lifetime.car import BEAT_MS, INFOS, Car
-from support.lifetime.disk import Disk, State
-from support.lifetime.office import SOURCE, Backup, MemoryTables, Office, Refusal, Tables, signed_batch
 
 CHECKPOINT_MS = 30_000
 WINDOW_MS = 120_000
