@@ -199,7 +199,7 @@ class Office:
         self.tables = tables
         self.rights = _Rights()
         self.prices: dict[str, tuple[Entitlement, int]] = {}
-        """By entitlement: the right as granted, and its price for an hour in minor units; outlives the database."""
+        """By entitlement: the right as granted, and its price for an hour in minor units."""
         self.price_minor = 60
         self.nonce: bytes | None = None
         self.forks: list[tuple[str, int]] = []
