@@ -29,11 +29,11 @@ PLANTED_WITHIN = 1_000
 """Seeds within which each planted bug has to be found."""
 
 FOUND = {
-    1: "a window of an earlier boot was measured by this boot's monotonic clock after a second restart",
-    276: "a commit that a power cut tore is not where a crash's gap begins",
-    667: "the same for a duration",
-    2814: "what a sale left open was declared without a bound, and its ECU was on for another day",
-    3086: "a right changed hands in motion, seconds after the odometer was read",
+    1: "engine: a token that was replaced while its request waited for the disk was sent all the same",
+    133: "ledger: a window of an earlier boot was measured by this boot's clock after a second restart",
+    276: "these books: a commit that a power cut tore is not where a crash's gap begins",
+    2814: "these books: what a sale left open was declared without a bound, and its ECU was on for another day",
+    3086: "these books: a right changed hands in motion, seconds after the odometer was read",
 }
 """Seeds that once found something, and what."""
 
