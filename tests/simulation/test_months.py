@@ -32,7 +32,7 @@ FOUND = {
     1: "engine: a token that was replaced while its request waited for the disk was sent all the same",
     133: "ledger: a window of an earlier boot was measured by this boot's clock after a second restart",
     276: "these books: a commit that a power cut tore is not where a crash's gap begins",
-    2814: "these books: what a sale left open was declared without a bound, and its ECU was on for another day",
+    2814: "these books: what a sale left open had no bound, and its ECU was on for another day",
     3086: "these books: a right changed hands in motion, seconds after the odometer was read",
 }
 """Seeds that once found something, and what."""
