@@ -33,6 +33,7 @@ FOUND = {
     133: "ledger: a window of an earlier boot was measured by this boot's clock after a second restart",
     276: "these books: a commit that a power cut tore is not where a crash's gap begins",
     2814: "these books: what a sale left open had no bound, and its ECU was on for another day",
+    1_795_611_146_297: "these books: a gap that was declared and then lost with its commit is still open",
     3086: "these books: a right changed hands in motion, seconds after the odometer was read",
 }
 """Seeds that once found something, and what."""
