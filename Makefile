@@ -45,8 +45,9 @@ test-powercut: $(STAMP) ## Power cuts of the journal on ext4 in a guest, and a c
 	@PYTHONPATH=.:tests $(BIN)/python -m tools.powercut --cuts $(or $(CUTS),5) || test $$? = 77
 	@PYTHONPATH=.:tests $(BIN)/python -m tools.powercut --cuts 1 --control || test $$? = 77
 
-simulate: $(STAMP) ## Seeded simulation of engine, cloud and vehicle (SEEDS=1000)
-	@FOD_SEEDS=$${SEEDS:-1000} $(BIN)/python -m pytest --timeout 1200 -s tests/simulation $(ARGS)
+simulate: $(STAMP) ## Months of life of many vehicles, by new seeds (SEEDS=1000), or one again: FOD_SEED=N make simulate
+	@if test -n "$${FOD_SEED:-}"; then set -- -k this_seed; else export FOD_SEEDS=$${SEEDS:-1000}; fi; \
+		$(BIN)/python -m pytest --timeout 1200 -s tests/simulation "$$@" $(ARGS)
 
 $(FUZZ_STAMP): $(STAMP) requirements-fuzz.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r requirements-fuzz.lock

@@ -800,7 +800,9 @@ class Engine:
         """Sends what waited for the disk, if it is still time for it."""
         feature = self._features[command.feature_id]
         ready = self._holds(feature.activate_when, now_ns) is True and self._right(feature, now_ns)[0]
-        if feature.state is State.ACTIVATING and ready:
+        token = feature.token
+        same = token is not None and activation_request(feature.spec, token) in command.requests
+        if feature.state is State.ACTIVATING and ready and same:
             feature.may_be_on, feature.was_off = True, False
             self._out.append(command)
             return

@@ -36,6 +36,8 @@ MAX_AMOUNT = 1_000_000_000_000
 """Most that one record may say of its value or gap, ms or m (the cloud refuses more)."""
 CONFIRMATIONS_MISSED = 3
 """After so many read-backs that did not come, nothing says any more that a feature is on."""
+OTHER_BOOT_NS = 0
+"""Stands for the mark of a window whose boot has ended: no clock of this boot measures from it."""
 _NS_PER_MS = 1_000_000
 
 Say = Callable[..., None]
@@ -99,7 +101,9 @@ class Ledger:
                 total = Total(value, gap, reason)
                 end_ms = max(window.start_ms, window.mark_ms)
                 self._book(window, dimensions, total, end_ms, signed=now.source == "signed")
-            self._recovered.append(replace(window, start_ms=window.mark_ms, totals=()))
+            # A later start within this boot must not compare the monotonic time of an earlier one.
+            mark_ns = window.mark_ns if same_boot else OTHER_BOOT_NS
+            self._recovered.append(replace(window, start_ms=window.mark_ms, mark_ns=mark_ns, totals=()))
 
     @property
     def is_empty(self) -> bool:
@@ -350,7 +354,7 @@ class Ledger:
                 total.unbounded = True
             else:
                 total.gap = reading - before + self._step(window)
-        elif self._same_boot:
+        elif self._same_boot and window.mark_ns != OTHER_BOOT_NS:
             total.gap = -(-(now_ns - window.mark_ns) // _NS_PER_MS)
         else:
             # Only Unix time bridges a restart of the machine, and only a signed one bounds it.

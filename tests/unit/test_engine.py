@@ -296,3 +296,29 @@ def test_a_genuine_answer_counts_even_if_the_link_is_cut_while_it_is_verified(wo
     # It is taken once: the nonce is spent.
     told = engine.step(ev.UpdateVerified(verdict, bytes(16), 8), 9)
     assert not any(isinstance(c, ev.StoreTrust) for c in told)
+
+
+class _SlowUsage(World):
+    """Use takes most of a second to reach the disk, rights do not."""
+
+    def _do(self, command: ev.Command) -> None:
+        if isinstance(command, ev.StoreUsage):
+            self._later(900, lambda: self._persist(command))
+        else:
+            super()._do(command)
+
+
+def test_a_token_replaced_while_its_request_waits_for_the_disk_is_not_sent() -> None:
+    world = _SlowUsage()
+    world.boot()
+    world.run_ms(2000)
+    world.cloud.grant(entitlement(1))
+    world.push()
+    while world.state() != "ACTIVATING":
+        world.run_ms(20)
+    world.cloud.grant(entitlement(2))
+    world.push()
+    world.run_ms(5000)
+    assert world.violations == []
+    assert world.state() == "ACTIVE"
+    assert world.ecu.counter == 2
