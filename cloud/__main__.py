@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command is None:
             return _serve(arguments.config)
         if arguments.command is export_command.run:
-            return export_command.run(arguments)
+            return int(export_command.run(arguments))
         settings = config.read_operator(arguments.config)
         return client.run(settings, lambda stub: int(arguments.command(stub, arguments)))
     except (ConfigError, StartError) as error:

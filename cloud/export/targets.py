@@ -6,6 +6,7 @@ import email.utils
 import fcntl
 import ipaddress
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ MAX_TOKEN_BYTES = 8_192
 
 _ACCEPTED = {200, 201, 202, 204}
 _BUSY = {408, 425, 429}
+_SERVER_ERRORS = 500
 _REFUSED = {400, 413, 422}
 """What is about the content; the rest of 4xx is about how we ask, and no event's fault."""
 
@@ -187,7 +189,7 @@ class HttpTarget:
             return
         words = " ".join(said.decode(errors="replace").split())[:300]
         told = f"{self.url}: HTTP {answer.status}" + (f": {words}" if words else "")
-        if answer.status in _BUSY or answer.status >= 500:
+        if answer.status in _BUSY or answer.status >= _SERVER_ERRORS:
             raise ReceiverBusyError(told, self._retry_after_s(answer.headers.get("Retry-After", "")))
         if answer.status in _REFUSED:
             raise EventRefusedError(told)
@@ -237,7 +239,7 @@ def read_token(path: Path) -> str:
     except OSError as error:
         raise ExportError(f"{path}: cannot be read: {error.strerror}") from error
     token = content.strip()
-    if not token or len(content) > MAX_TOKEN_BYTES or not all(0x21 <= byte <= 0x7E for byte in token):
+    if len(content) > MAX_TOKEN_BYTES or not re.fullmatch(rb"[!-~]+", token):
         raise ExportError(f"{path}: expected one token of printable ASCII characters")
     return token.decode("ascii")
 
