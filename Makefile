@@ -11,7 +11,7 @@ PROTOS := $(shell find proto -name '*.proto' | sort)
 SERVICES := $(shell find proto -name '*_service.proto' | sort)
 CODE := agent bench cloud common deploy firmware_sim keys tests
 
-.PHONY: help run soak test test-socketcan test-crash simulate fuzz mutants nightly lint format proto proto-check lock bench bench-socketcan clean
+.PHONY: help run soak test test-socketcan test-crash test-feed simulate fuzz mutants nightly lint format proto proto-check lock bench bench-socketcan clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,9 @@ test-socketcan: $(STAMP) ## The bus suite on real SocketCAN: vcan0 if it is here
 test-crash: $(STAMP) ## 50 rounds of kill -9 in a drive (ROUNDS=50)
 	@FOD_CRASH_ROUNDS=$${ROUNDS:-50} $(BIN)/python -m pytest --timeout 1200 -s tests/e2e/test_crash_rounds.py $(ARGS)
 
+test-feed: $(STAMP) ## A year of a vehicle billed through the usage feed, to the unit (DAYS=365)
+	@FOD_FEED_DAYS=$${DAYS:-365} $(BIN)/python -m pytest -s tests/e2e/test_usage_feed.py $(ARGS)
+
 simulate: $(STAMP) ## Seeded simulation of engine, cloud and vehicle (SEEDS=1000)
 	@FOD_SEEDS=$${SEEDS:-1000} $(BIN)/python -m pytest --timeout 1200 -s tests/simulation $(ARGS)
 
@@ -56,6 +59,7 @@ mutants: $(STAMP) ## Changes that no test notices, in agent/trust/ and the guard
 
 nightly: $(STAMP) ## The long forms of the tests
 	@$(MAKE) test-crash ROUNDS=50
+	@$(MAKE) test-feed
 	@$(MAKE) simulate SEEDS=10000
 	@$(MAKE) mutants ARGS=--fresh
 	@$(MAKE) fuzz SECONDS=1200

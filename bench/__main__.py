@@ -15,6 +15,7 @@ NAMES = (
     "bus_paced",
     "decode",
     "durable_commit",
+    "export",
     "start",
     "sign",
     "slcan_load",

@@ -6,6 +6,7 @@ It can be told to fail, to wait, to take a batch and not say so, and to refuse.
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -38,6 +39,7 @@ class Receiver:
     taken: dict[tuple[str, str], Event] = field(default_factory=dict)
     raw: list[bytes] = field(default_factory=list)
     repeats: int = 0
+    errors: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -97,8 +99,16 @@ def receiving(answer: Callable[[int, list[Event]], Answer] | None = None) -> Ite
         def log_message(self, *_args: object) -> None:
             """Says nothing."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, _request: object, _address: object) -> None:
+            """A sender that is killed resets its connection."""
+            error = sys.exc_info()[1]
+            if not isinstance(error, ConnectionError):
+                receiver.errors.append(repr(error))
+
+    server = Server(("127.0.0.1", 0), Handler)
     receiver.url = f"http://127.0.0.1:{server.server_address[1]}/api/v1/events"
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
@@ -108,3 +118,4 @@ def receiving(answer: Callable[[int, list[Event]], Answer] | None = None) -> Ite
         server.shutdown()
         server.server_close()
         thread.join()
+    assert receiver.errors == []
