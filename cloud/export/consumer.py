@@ -36,8 +36,7 @@ def read(tx: Transaction, after: int, limit: int) -> list[Sent]:
     """The events behind a position; new records get their places first."""
     rows = tx.feed(after, limit)
     if len(rows) < limit:
-        while tx.number_usage(NUMBER_AT_ONCE) == NUMBER_AT_ONCE:
-            pass
+        tx.number_usage(NUMBER_AT_ONCE)  # once: a server that takes usage waits for this transaction
         rows = tx.feed(after, limit)
     records = [usage_pb2.UsageRecord.FromString(row.content) for row in rows]
     accounts = tx.accounts(sorted({record.entitlement_id for record in records}))
@@ -67,8 +66,6 @@ def begin(store: Store, name: str, target: str, first: int | None, now_ms: int) 
         if found is not None and found.target != target:
             raise ExportError(f"consumer {name} exports to {found.target}; give another --name for {target}")
         if first is not None:
-            while tx.number_usage(NUMBER_AT_ONCE) == NUMBER_AT_ONCE:
-                pass
             head = tx.feed_head()
             if not 1 <= first <= head + 1:
                 raise ExportError(
@@ -85,9 +82,12 @@ def begin(store: Store, name: str, target: str, first: int | None, now_ms: int) 
                 f"--from {first}: {target} holds events up to {found.position}, each once; "
                 "replay into another file under another --name"
             )
-        tx.move_consumer(found, made)
+        if not tx.move_consumer(found, made):
+            raise ExportError(f"consumer {name} is moved by another process; nothing was changed")
         return made
 
+    while first is not None and store.run_here(lambda tx: tx.number_usage(NUMBER_AT_ONCE)) == NUMBER_AT_ONCE:
+        pass
     return store.run_here(work)
 
 

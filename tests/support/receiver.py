@@ -6,6 +6,7 @@ It can be told to fail, to wait, to take a batch and not say so, and to refuse.
 from __future__ import annotations
 
 import json
+import ssl
 import sys
 import threading
 from collections import Counter
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 Event = dict[str, Any]
@@ -71,8 +73,10 @@ class Receiver:
 
 
 @contextmanager
-def receiving(answer: Callable[[int, list[Event]], Answer] | None = None) -> Iterator[Receiver]:
-    """Runs a receiver on a free port of loopback."""
+def receiving(
+    answer: Callable[[int, list[Event]], Answer] | None = None, tls: tuple[Path, Path] | None = None
+) -> Iterator[Receiver]:
+    """Runs a receiver on a free port of loopback, with a TLS certificate and key if they are given."""
     receiver = Receiver()
     if answer is not None:
         receiver.answer = answer
@@ -110,6 +114,11 @@ def receiving(answer: Callable[[int, list[Event]], Answer] | None = None) -> Ite
 
     server = Server(("127.0.0.1", 0), Handler)
     receiver.url = f"http://127.0.0.1:{server.server_address[1]}/api/v1/events"
+    if tls is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*tls)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        receiver.url = receiver.url.replace("http://127.0.0.1", "https://localhost")
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from support.cloud_world import ACCOUNT, JOURNAL, START_MS, VIN, chain
+from support.cloud_world import ACCOUNT, JOURNAL, START_MS, VIN, chain, demo_keys
 from support.receiver import Answer, Receiver, receiving
 from urllib3.util import Timeout
 
@@ -270,6 +270,20 @@ def test_an_answer_about_how_we_ask_stops_and_skips_no_event(store: Store, statu
             drain(working(store, target, skip=True))
     assert len(receiver.requests) == 1
     assert position(store) == 0
+
+
+def test_nothing_is_sent_to_a_receiver_whose_certificate_does_not_verify(store: Store) -> None:
+    add(store, 3)
+    keys = demo_keys() / "keys"
+    with receiving(tls=(keys / "tls/server.crt", keys / "tls/server.key")) as receiver:
+        stranger = HttpTarget(receiver.url, token="secret")
+        with pytest.raises(ExportError, match=r"(?i)certificate verify failed.*gave up after 2 tries"):
+            drain(working(store, stranger, attempts=2))
+        assert receiver.requests == []
+        known = HttpTarget(receiver.url, token="secret", ca=keys / "public/tls-ca.crt")
+        assert drain(working(store, known)) == 3
+    with pytest.raises(ExportError, match="TLS cannot be switched off"):
+        HttpTarget(receiver.url, ca=keys / "missing.crt")
 
 
 @pytest.mark.parametrize(
