@@ -251,7 +251,7 @@ async def _year(world: World, config: Path, random: Random) -> None:
     await stream.hello()
     receipts, refusals = await _upload(stream, batches, random)
     assert receipts == REPEATS * len(batches)
-    assert refusals >= len(batches)  # they were shuffled
+    assert refusals > 0  # they were shuffled
 
     def answer(number: int, _events: object) -> Answer:
         # Every third batch is taken and not confirmed, every seventh is not taken.
