@@ -11,7 +11,7 @@ PROTOS := $(shell find proto -name '*.proto' | sort)
 SERVICES := $(shell find proto -name '*_service.proto' | sort)
 CODE := agent bench cloud common deploy firmware_sim keys tests
 
-.PHONY: help run soak test test-socketcan test-crash test-powercut simulate fuzz mutants nightly lint format proto proto-check lock bench bench-socketcan clean
+.PHONY: help run soak test test-socketcan test-crash test-powercut test-feed simulate fuzz mutants nightly lint format proto proto-check lock bench bench-socketcan clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,6 +49,10 @@ simulate: $(STAMP) ## Months of life of many vehicles, by new seeds (SEEDS=1000)
 	@if test -n "$${FOD_SEED:-}"; then set -- -k this_seed; else export FOD_SEEDS=$${SEEDS:-1000}; fi; \
 		$(BIN)/python -m pytest --timeout 1200 -s tests/simulation "$$@" $(ARGS)
 
+test-feed: $(STAMP) ## A year of a vehicle billed through the usage feed, to the unit (DAYS=365)
+	@FOD_FEED_DAYS=$${DAYS:-365} $(BIN)/python -m pytest -s tests/e2e/test_usage_feed.py $(ARGS)
+
+
 $(FUZZ_STAMP): $(STAMP) requirements-fuzz.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r requirements-fuzz.lock
 	@touch $@
@@ -62,6 +66,7 @@ mutants: $(STAMP) ## Changes that no test notices, in agent/trust/ and the guard
 nightly: $(STAMP) ## The long forms of the tests
 	@$(MAKE) test-crash ROUNDS=50
 	@$(MAKE) test-powercut CUTS=20
+	@$(MAKE) test-feed
 	@$(MAKE) simulate SEEDS=10000
 	@$(MAKE) mutants ARGS=--fresh
 	@$(MAKE) fuzz SECONDS=1200

@@ -17,6 +17,7 @@ NAMES = (
     "durable_commit",
     "ingest",
     "journal",
+    "export",
     "start",
     "sign",
     "slcan_load",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cloud import client, config, server
 from cloud.errors import StartError
+from cloud.export import command as export_command
 from common import cli, log
 from common.config import ConfigError
 from openfod.operator.v1 import operator_service_pb2
@@ -23,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command is None:
             return _serve(arguments.config)
+        if arguments.command is export_command.run:
+            return int(export_command.run(arguments))
         settings = config.read_operator(arguments.config)
         return client.run(settings, lambda stub: int(arguments.command(stub, arguments)))
     except (ConfigError, StartError) as error:
@@ -61,10 +64,14 @@ def _parser() -> argparse.ArgumentParser:
     revoke.add_argument("entitlement", metavar="ENTITLEMENT")
     revoke.add_argument("--reason", required=True, help="why, for the audit log and the driver")
 
-    export = _command(commands, "export-bundle", "write a vehicle's rights to a file", client.export_bundle)
-    export.add_argument("vin", metavar="VIN")
-    export.add_argument("--out", type=Path, required=True, metavar="FILE")
-    export.add_argument("--force", action="store_true", help="replace the file")
+    export_command.add(
+        _command(commands, "export", "carry usage to a biller, as CloudEvents", export_command.run)
+    )
+
+    bundle = _command(commands, "export-bundle", "write a vehicle's rights to a file", client.export_bundle)
+    bundle.add_argument("vin", metavar="VIN")
+    bundle.add_argument("--out", type=Path, required=True, metavar="FILE")
+    bundle.add_argument("--force", action="store_true", help="replace the file")
 
     restore = _command(
         commands, "confirm-restore", "confirm that the database was restored", client.confirm_restore
@@ -200,7 +207,7 @@ def _command(
     commands: argparse._SubParsersAction[argparse.ArgumentParser],
     name: str,
     text: str,
-    command: Callable[[client.Stub, argparse.Namespace], int],
+    command: Callable[..., int],
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text)
     parser.add_argument("--config", type=Path, required=True, metavar="FILE")

@@ -235,6 +235,16 @@ def read_operator(path: Path) -> Operator:
     return config.read(path, _File).operator
 
 
+def read_store(path: Path) -> tuple[Store, Log]:
+    """Reads the tables [store] and [log]; the server's keys need not be readable here.
+
+    Raises:
+        ConfigError: for all problems together.
+    """
+    file = config.read(path, _File)
+    return file.store, file.log
+
+
 def database_url(path: Path, store: Store) -> sqlalchemy.URL:
     """Resolves a relative SQLite path against the folder of the configuration `path`."""
     url = sqlalchemy.make_url(store.url)

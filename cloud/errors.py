@@ -2,7 +2,8 @@
 
 Families: start-up (refuses to serve), request (an operator or vehicle asked
 for something that cannot be; nothing was changed), usage (a batch is refused;
-nothing of it is stored).
+nothing of it is stored), export (the feed
+stands where it stood).
 """
 
 from __future__ import annotations
@@ -175,3 +176,23 @@ class BeginError(ChainError):
     def __init__(self, journal_id: str, text: str, *, follows: str = "") -> None:
         super().__init__(f"journal {journal_id} {text}")
         self.journal_id, self.follows = journal_id, follows
+
+
+class ExportError(CloudError):
+    """The feed cannot go on without a person; its position stays at what was exported."""
+
+
+class EventRefusedError(CloudError):
+    """A receiver says that what it was sent is wrong in itself; the same again would be refused again."""
+
+
+class ReceiverBusyError(CloudError):
+    """A receiver that cannot be reached or cannot take events now; they are sent again.
+
+    Args:
+        after_s: how long it asks to be left alone, None if it does not say.
+    """
+
+    def __init__(self, message: str, after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.after_s = after_s

@@ -145,6 +145,44 @@ usage_records = sa.Table(
     sa.Column("hash", sa.LargeBinary(32), nullable=False),
     sa.Column("stored_ms", sa.BigInteger, nullable=False),
     sa.Column("owner_epoch", sa.Integer, nullable=False, server_default="1"),
+    sa.Column("feed_position", sa.BigInteger),  # NULL until the feed has numbered it
+    sa.Index("ix_usage_records_feed_position", "feed_position", unique=True),
+    sa.Index(
+        "ix_usage_records_unnumbered",
+        "source",
+        "journal_id",
+        "seq",
+        sqlite_where=sa.text("feed_position IS NULL"),
+        postgresql_where=sa.text("feed_position IS NULL"),
+    ),
+)
+
+# One row: the last position of the feed. Whoever numbers records holds it until the end.
+feed_head = sa.Table(
+    "feed_head",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("position", sa.BigInteger, nullable=False),
+)
+
+feed_consumers = sa.Table(
+    "feed_consumers",
+    metadata,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("target", sa.Text, nullable=False),
+    sa.Column("position", sa.BigInteger, nullable=False),
+    sa.Column("file_bytes", sa.BigInteger, nullable=False),
+    sa.Column("moved_ms", sa.BigInteger, nullable=False),
+)
+
+# Events that a receiver refused for good, and that an operator let it skip.
+feed_set_aside = sa.Table(
+    "feed_set_aside",
+    metadata,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("position", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("at_ms", sa.BigInteger, nullable=False),
 )
 
 receipts = sa.Table(

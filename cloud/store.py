@@ -272,6 +272,43 @@ class EvidenceRow:
 
 
 @dataclass(frozen=True, slots=True)
+class FeedRow:
+    """One usage record in the order of the feed; positions from 1 without holes."""
+
+    position: int
+    source: str
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumerRow:
+    """How far a consumer of the feed has come.
+
+    Args:
+        target: where it exports to, a URL or "file:" and an absolute path.
+        position: of the last event that is exported, 0 before the first.
+        file_bytes: length of its file with exactly these events; 0 if it has none.
+        moved_ms: when it last moved, Unix milliseconds.
+    """
+
+    name: str
+    target: str
+    position: int
+    file_bytes: int
+    moved_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetAsideRow:
+    """An event that a consumer was let skip, and why."""
+
+    name: str
+    position: int
+    reason: str
+    at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class FindingRow:
     """What does not fit about a vehicle, in words."""
 
@@ -895,6 +932,96 @@ class Transaction:
         rows = self._connection.execute(sa.select(*columns).where(mine).order_by(table.c.seq))
         return [UsageRow(*row) for row in rows]
 
+    # --- feed -------------------------------------------------------------
+
+    def number_usage(self, limit: int) -> int:
+        """Gives at most `limit` records that have none their place in the feed; returns how many.
+
+        Only committed records are seen, and the row of the last position is
+        held until the end, so that no place becomes visible after a later one.
+        Within one journal places follow seq.
+        """
+        head, table = schema.feed_head, schema.usage_records
+        only = head.c.id == _SINGLE
+        last = self._connection.execute(sa.select(head.c.position).where(only).with_for_update()).scalar_one()
+        key = [table.c.source, table.c.journal_id, table.c.seq]
+        query = sa.select(*key).where(table.c.feed_position.is_(None)).order_by(*key).limit(limit)
+        found = self._connection.execute(query).all()
+        if not found:
+            return 0
+        names = ("key_source", "key_journal", "key_seq")
+        mine = sa.and_(*(column == sa.bindparam(name) for column, name in zip(key, names, strict=True)))
+        values = [
+            {**dict(zip(names, row, strict=True)), "place": place}
+            for place, row in enumerate(found, start=last + 1)
+        ]
+        self._connection.execute(
+            table.update().where(mine).values(feed_position=sa.bindparam("place")), values
+        )
+        self._connection.execute(head.update().where(only).values(position=last + len(found)))
+        return len(found)
+
+    def feed_head(self) -> int:
+        """The last position of the feed, 0 before the first."""
+        return int(self._connection.execute(sa.select(schema.feed_head.c.position)).scalar_one())
+
+    def unnumbered_usage(self) -> int:
+        """How many stored records have no place in the feed yet."""
+        table = schema.usage_records
+        query = sa.select(sa.func.count()).select_from(table).where(table.c.feed_position.is_(None))
+        return int(self._connection.scalar(query) or 0)
+
+    def feed(self, after: int, limit: int) -> list[FeedRow]:
+        """The records behind a position of the feed, at most `limit`."""
+        table = schema.usage_records
+        query = sa.select(table.c.feed_position, table.c.source, table.c.content)
+        query = query.where(table.c.feed_position > after).order_by(table.c.feed_position).limit(limit)
+        return [FeedRow(*row) for row in self._connection.execute(query)]
+
+    def accounts(self, entitlement_ids: Sequence[str]) -> dict[tuple[str, str], str]:
+        """The accounts of rights, by the pseudonym of their vehicle and their id; at most 1,000 ids."""
+        rights, vehicles = schema.entitlements, schema.vehicles
+        query = (
+            sa.select(vehicles.c.source, rights.c.entitlement_id, rights.c.account)
+            .join_from(rights, vehicles, rights.c.vin == vehicles.c.vin)
+            .where(rights.c.entitlement_id.in_(entitlement_ids))
+        )
+        return {(source, right): account for source, right, account in self._connection.execute(query)}
+
+    def consumers(self) -> list[ConsumerRow]:
+        """All consumers of the feed, by name."""
+        table = schema.feed_consumers
+        query = sa.select(*(table.c[name] for name in ConsumerRow.__slots__)).order_by(table.c.name)
+        return [ConsumerRow(*row) for row in self._connection.execute(query)]
+
+    def consumer(self, name: str) -> ConsumerRow | None:
+        """One consumer of the feed."""
+        return next((row for row in self.consumers() if row.name == name), None)
+
+    def add_consumer(self, row: ConsumerRow) -> None:
+        """Begins a consumer."""
+        self._insert(schema.feed_consumers, {name: getattr(row, name) for name in row.__slots__})
+
+    def move_consumer(self, old: ConsumerRow, new: ConsumerRow) -> bool:
+        """Moves a consumer on from where it was read; false if another process has moved it since."""
+        table = schema.feed_consumers
+        mine = (table.c.name == old.name) & (table.c.position == old.position)
+        mine &= (table.c.file_bytes == old.file_bytes) & (table.c.target == old.target)
+        values = {"position": new.position, "file_bytes": new.file_bytes, "moved_ms": new.moved_ms}
+        return self._connection.execute(table.update().where(mine).values(**values)).rowcount == 1
+
+    def set_aside(self, row: SetAsideRow) -> None:
+        """Keeps that a consumer skips an event."""
+        key = {"name": row.name, "position": row.position}
+        self._put(schema.feed_set_aside, key, {"reason": row.reason, "at_ms": row.at_ms})
+
+    def events_set_aside(self) -> list[SetAsideRow]:
+        """What consumers have skipped, by name and position."""
+        table = schema.feed_set_aside
+        columns = [table.c[name] for name in SetAsideRow.__slots__]
+        query = sa.select(*columns).order_by(table.c.name, table.c.position)
+        return [SetAsideRow(*row) for row in self._connection.execute(query)]
+
     # --- requests, audit, catalogue ----------------------------------------
 
     def request(self, operator: str, request_id: str) -> RequestRow | None:
@@ -1083,17 +1210,26 @@ class Transaction:
 class Store:
     """The database, and the thread that works on it."""
 
-    def __init__(self, url: sa.URL) -> None:
+    def __init__(self, url: sa.URL, *, serving: bool = True) -> None:
         """Opens the database and brings its schema up to date.
+
+        Args:
+            serving: false for a program that works beside the server: the
+                database must exist, with the schema of this version.
 
         Raises:
             StartError: it cannot be opened, or a newer version of this program
                 made it.
         """
+        if not serving and url.get_backend_name() == "sqlite" and not Path(str(url.database)).is_file():
+            raise StartError(f"{url.render_as_string()}: no such database; fod-cloud serve makes it")
         try:
             self._engine = _open(url)
             try:
-                _migrate(self._engine)
+                if serving:
+                    _migrate(self._engine)
+                else:
+                    _check_schema(self._engine)
             except BaseException:
                 self._engine.dispose()
                 raise
@@ -1150,6 +1286,19 @@ def _open(url: sa.URL) -> sa.Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     return engine
+
+
+def _check_schema(engine: sa.Engine) -> None:
+    settings = Config()
+    settings.set_main_option("script_location", "cloud:migrations")
+    expected = ScriptDirectory.from_config(settings).get_current_head()
+    with engine.begin() as connection:
+        found = MigrationContext.configure(connection).get_current_revision()
+    if found != expected:
+        raise StartError(
+            f"database schema is {found}, this program works with {expected}; nothing was changed; "
+            "run the same version as the server, and start the server first"
+        )
 
 
 def _migrate(engine: sa.Engine) -> None:
