@@ -355,9 +355,7 @@ class World:
             self.violations.append("the owner's log does not end where the engine says")
         self._point()
         self.disk.sync()
-        if self._pending.isdisjoint((w.meter_id, w.mark_ms) for w in command.windows):
-            self._down_from, self._pending = None, frozenset()
-        self._last_write = made
+        self._note_commit(command, made)
         self._point()
         self._tell(ev.Persisted(command.number))
 
@@ -599,6 +597,12 @@ class World:
                 gap = min(gap, dead_ms if is_time else dead_m)
             self._has_given_up |= is_former and message.gap_unbounded
             self._credit[record.seq] = (message.meter_id, message.value, gap)
+
+    def _note_commit(self, command: ev.StoreUsage, made: tuple[int, float]) -> None:
+        """What waited is declared once the commit that says so holds."""
+        if self._pending.isdisjoint((w.meter_id, w.mark_ms) for w in command.windows):
+            self._down_from, self._pending = None, frozenset()
+        self._last_write = made
 
     def _settled(self, command: ev.StoreUsage) -> tuple[int, float]:
         """Up to when, and where, a commit of usage has settled everything: there a crash's gap begins."""
