@@ -461,6 +461,6 @@ def test_a_program_beside_the_server_makes_and_changes_no_schema(tmp_path: Path)
     assert not (tmp_path / "cloud.db").exists()
     Store(url).close()
     with sa.create_engine(url).begin() as connection:
-        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0006'")
-    with pytest.raises(StartError, match="database schema is 0006"):
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0007'")
+    with pytest.raises(StartError, match="database schema is 0007"):
         Store(url, serving=False)

@@ -9,7 +9,6 @@ from agent.metering.meter import OpenWindow
 from agent.metering.record import Head
 from agent.model import MeterKind, TrustedTime
 from agent.signals.state import SignalState
-from openfod.usage.v1 import usage_pb2
 
 S = 1_000_000_000
 BEGUN_MS = 1_800_000_000_000
@@ -45,6 +44,5 @@ def test_a_window_of_an_earlier_boot_is_measured_by_unix_time_after_a_second_res
     second = _ledger()
     second.restore(head, {}, kept, same_boot=True, now=SIGNED)
     assert second.resolve(lambda _feature: True, SignalState(INFOS), now_ns=20 * S, now=SIGNED)
-    (record,) = second.unsaved
-    message = usage_pb2.UsageRecord.FromString(record.content)
-    assert (message.gap, message.gap_unbounded) == (3_600_250, False)
+    (use,) = second.unsaved
+    assert (use.gap, use.gap_unbounded) == (3_600_250, False)

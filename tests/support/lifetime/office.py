@@ -23,7 +23,15 @@ from agent.metering.record import batch as batch_bytes
 from agent.model import Entitlement, Rights
 from cloud import ingest, rating
 from cloud.errors import ForkError, UsageError
-from cloud.store import EntitlementRow, ReceiptRow, Store, Transaction, UsageRow, VehicleRow
+from cloud.store import (
+    EntitlementRow,
+    JournalRestartRow,
+    ReceiptRow,
+    Store,
+    Transaction,
+    UsageRow,
+    VehicleRow,
+)
 from openfod.entitlement.v1 import entitlement_pb2
 from openfod.usage.v1 import usage_pb2
 
@@ -143,10 +151,18 @@ class MemoryTables:
         """How many journals the vehicle has begun."""
         return len(self.receipts)
 
-    def usage_hashes(self, _source: str, journal_id: str, first: int, last: int) -> dict[int, bytes]:
+    def usage_hashes(self, _source: str, journal_id: str, seqs: Sequence[int]) -> dict[int, bytes]:
         """Hashes of stored records by position."""
-        rows = self.journals_held.get(journal_id, [])
-        return {row.seq: row.hash for row in rows[max(first, 1) - 1 : last]}
+        wanted = set(seqs)
+        return {row.seq: row.hash for row in self.journals_held.get(journal_id, []) if row.seq in wanted}
+
+    def usage_at(self, _source: str, journal_id: str, seq: int) -> UsageRow | None:
+        """The record at a position, or the first behind it."""
+        return next((row for row in self.journals_held.get(journal_id, []) if row.seq >= seq), None)
+
+    def journal_restarts(self, _source: str) -> list[JournalRestartRow]:
+        """Nobody has ended a journal."""
+        return []
 
     def add_usage(self, _source: str, rows: Sequence[UsageRow], _epochs: Sequence[int], _now_ms: int) -> None:
         """Stores new records."""
@@ -290,10 +306,11 @@ class Office:
         """The lines of everything that was ever used."""
         records = [usage_pb2.UsageRecord.FromString(row.content) for row in self.tables.taken()]
         rights = [
-            rating.Right(_contract(right, price), "Heated seat", 1, 0, 1)
+            rating.Right("Heated seat", 1, 0, 1, (rating.Terms(0, _contract(right, price)),))
             for right, price in self.prices.values()
         ]
-        return rating.rate(rights, records, now_ms)
+        used = [rating.Used(record, min(record.window_start_ms, now_ms)) for record in records]
+        return rating.rate(rights, frozenset(), used, {})
 
 
 def _contract(right: Entitlement, price_minor: int) -> entitlement_pb2.Entitlement:

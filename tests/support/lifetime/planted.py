@@ -13,7 +13,7 @@ from support.lifetime.world import World
 
 from agent import events as ev
 from agent.engine import Engine
-from agent.metering.record import Head, Record
+from agent.metering.record import UNITS, Head, Record, Use
 from agent.model import Rights
 from cloud.store import Transaction, UsageRow
 from openfod.usage.v1 import usage_pb2
@@ -28,14 +28,24 @@ class _SendsAgain(Engine):
 
     def step(self, event: ev.Event, now_ns: int) -> list[ev.Command]:
         if isinstance(event, ev.ReceiptStored) and self.last is not None:
-            head = self._ledger.head
             message = usage_pb2.UsageRecord.FromString(self.last.content)
-            message.seq, message.prev_hash = head.seq + 1, head.hash
-            message.id = f"{head.journal_id}/{message.seq}"
-            content = message.SerializeToString(deterministic=True)
-            record = _record(message.seq, content, message.entitlement_id)
-            self._ledger.head = Head(head.journal_id, record.seq, record.hash)
-            self._ledger.unsaved.append(record)
+            self._ledger.unsaved.append(
+                Use(
+                    feature_id=message.feature_id,
+                    meter_id=message.meter_id,
+                    kind=next(kind for kind, unit in UNITS.items() if unit == message.unit),
+                    entitlement_id=message.entitlement_id,
+                    account=message.subject,
+                    trace_id=message.trace_id,
+                    dimensions=tuple((d.name, d.value) for d in message.dimensions),
+                    value=message.value,
+                    gap=0,
+                    gap_reason="",
+                    start_ms=message.window_start_ms,
+                    end_ms=message.window_end_ms,
+                    signed_clock=message.clock_trust == usage_pb2.CLOCK_TRUST_SIGNED,
+                )
+            )
             self.last = None
         commands = super().step(event, now_ns)
         for command in commands:

@@ -268,7 +268,7 @@ class World:
                 # A right may change hands in motion: the meters' limit is a reading one odometer step old.
                 self._write(self.send_frames)
                 self._write(lambda: self._store_trust(command))
-            case ev.MarkSent(number, _):
+            case ev.MarkSent(number, _, _):
                 self._write(lambda: self._store_mark(number))
             case ev.Verify():
                 self._later(self.random.randint(1, 10), lambda: self._verify(command))
@@ -276,8 +276,8 @@ class World:
                 self._to_cloud(lambda: self._hello(nonce, director.targets, journal_id))
             case ev.OfferNonce(nonce):
                 self._to_cloud(lambda: self._offered(nonce))
-            case ev.SendUsage(first, through):
-                self._send_usage(first, through)
+            case ev.SendUsage(first, count):
+                self._send_usage(first, first + count - 1)
             case ev.RunEcu():
                 self._run_ecu(command)
             case _:
