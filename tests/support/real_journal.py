@@ -14,7 +14,7 @@ from agent.metering.record import Head, Record, Use, append
 from agent.model import MeterKind
 from openfod.usage.v1 import usage_pb2
 
-BOOT, JOURNAL, SOURCE = "boot-1", "00112233445566aa", "veh-1"
+BOOT, JOURNAL, SOURCE = "boot-1", "00112233445566aa", "veh-0123456789abcdef"
 START_MS = 1_800_000_000_000
 DAY_MS = 24 * 3600 * 1000
 LIMIT_BYTES = 400_000
