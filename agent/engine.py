@@ -202,6 +202,7 @@ class Engine:
         self._buses = dict.fromkeys(buses, "opening")
         self._last_refusal = ""
         self._now_ns = 0
+        self._known_time: tuple[int, TrustedClock, TrustedTime] | None = None
 
     # --- the function ------------------------------------------------------
 
@@ -523,11 +524,12 @@ class Engine:
         entitlement = self._rights.entitlements.get(feature.spec.feature_id)
         if entitlement is None:
             return False, False, "no right"
+        has_range = entitlement.odometer_from_m or entitlement.odometer_to_m
         right = judge(
             entitlement,
             now=self._time(now_ns),
             last_contact_ms=self._contact_ms,
-            odometer_m=self._odometer(now_ns),
+            odometer_m=self._odometer(now_ns) if has_range else None,
         )
         # An unknown odometer switches nothing on, and takes nothing away.
         kept = right.undecided and feature.state in METERED
@@ -1199,7 +1201,11 @@ class Engine:
         return self._time(now_ns)
 
     def _time(self, now_ns: int) -> TrustedTime:
-        return self._clock.now(now_ns)
+        known = self._known_time
+        if known is None or known[0] != now_ns or known[1] is not self._clock:
+            # Any thread may ask; a step asks for each feature.
+            known = self._known_time = (now_ns, self._clock, self._clock.now(now_ns))
+        return known[2]
 
     def _next_number(self) -> int:
         self._number += 1

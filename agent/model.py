@@ -8,8 +8,9 @@ name says otherwise.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 SignalValue = float | int | str | bool
@@ -77,7 +78,7 @@ class SignalChange(NamedTuple):
     previous_seen_ns: int | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SignalBatch:
     """What the bus brought in one window.
 
@@ -94,6 +95,14 @@ class SignalBatch:
     changes: tuple[SignalChange, ...]
     seen_ns: Mapping[str, int]
     broken: Mapping[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def by_name(self) -> Mapping[str, Sequence[SignalChange]]:
+        """The changes of each signal that has any: every meter asks for a few of them."""
+        found: dict[str, list[SignalChange]] = {}
+        for change in self.changes:
+            found.setdefault(change.name, []).append(change)
+        return found
 
 
 # --- catalogue ---------------------------------------------------------------

@@ -14,6 +14,7 @@ It receives through:
     all        the agent's bus and collector, every frame received
     ours       the same with the kernel's filters
     engine     the same with the engine and a feature with three meters
+    ten        the same with ten features, each with a meter of driving and parked time
     manager    the agent's bus with `changes_only`
     m-engine   the same with the engine
 """
@@ -36,6 +37,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
     from agent.config import AgentConfig
     from agent.model import SignalInfo
 
-RECEIVERS: Final = ("naive", "filtered", "all", "ours", "engine", "manager", "m-engine")
+RECEIVERS: Final = ("naive", "filtered", "all", "ours", "engine", "ten", "manager", "m-engine")
 RATES: Final = (4500, 9000)
 IDS: Final = 100
 SUBSCRIBED: Final = 17
@@ -216,7 +218,7 @@ def fetch(buses: Buses) -> None:
     buses.drain(time.monotonic_ns() + round(GATHER_S * SLOW * 1e9))
 
 
-def ours(*, everything: bool, manager: bool, engine: bool) -> dict[str, float]:
+def ours(*, everything: bool, manager: bool, features: int) -> dict[str, float]:
     """The agent's buses, and a loop that fetches what they read as agent.app does."""
     from agent.buses import Buses, SignalsReady
     from agent.config import BusConfig, StateConfig, VehicleConfig
@@ -240,7 +242,7 @@ def ours(*, everything: bool, manager: bool, engine: bool) -> dict[str, float]:
         buses = Buses(cast("AgentConfig", config), window_s=WINDOW_S * SLOW)
         collector = Collector(buses.tables)
     buses.attach(collector)
-    take = meters(buses, collector.infos) if engine else partial(fetch, buses)
+    take = meters(buses, collector.infos, features) if features else partial(fetch, buses)
     if everything:
         buses.by_name["b"].receive(None, ())
     buses.open()
@@ -306,8 +308,14 @@ speed = "Vehicle.Speed"
 """
 
 
-def meters(buses: Buses, infos: Mapping[str, SignalInfo]) -> Callable[[], None]:
-    """Steps an engine with what has been read; a feature of it is active and has three meters."""
+def described(number: int, of: int) -> bytes:
+    """A feature; it has three meters if it is the only one, else one."""
+    text = FEATURE.replace(b'id = "load"', f'id = "load-{number}"'.encode())
+    return text if of == 1 else text[: text.index(b'[[meters]]\nid = "fast"')]
+
+
+def meters(buses: Buses, infos: Mapping[str, SignalInfo], features: int) -> Callable[[], None]:
+    """Steps an engine with what has been read; so many features of it are active and metered."""
     from agent import engine as engine_module
     from agent import events as ev
     from agent.engine import Engine
@@ -317,10 +325,11 @@ def meters(buses: Buses, infos: Mapping[str, SignalInfo]) -> Callable[[], None]:
     from agent.trust.clock import TrustedClock
 
     engine_module.GATHER_NS = round(GATHER_S * SLOW * 1e9)
-    spec, now_ns, now_ms = parse_feature(FEATURE), time.monotonic_ns(), 1_790_000_000_000
+    specs = [parse_feature(described(number, features)) for number in range(features)]
+    now_ns, now_ms = time.monotonic_ns(), 1_790_000_000_000
     right = Entitlement(
         entitlement_id="ent-load",
-        feature_id=spec.feature_id,
+        feature_id="",
         min_release=1,
         account="acc-load",
         plan_kind=PlanKind.PAY_PER_USE,
@@ -339,7 +348,9 @@ def meters(buses: Buses, infos: Mapping[str, SignalInfo]) -> Callable[[], None]:
         display={},
         trace_id="0" * 32,
     )
-    rights = Rights(1, {spec.feature_id: right}, {spec.feature_id: spec})
+    ids = [spec.feature_id for spec in specs]
+    mine = {i: replace(right, entitlement_id=f"ent-{i}", feature_id=i) for i in ids}
+    rights = Rights(1, mine, dict(zip(ids, specs, strict=True)))
     engine = Engine(
         source="veh-load",
         clock=TrustedClock(mark_ms=now_ms, build_ms=0, monotonic_ns=now_ns),
@@ -368,8 +379,7 @@ def meters(buses: Buses, infos: Mapping[str, SignalInfo]) -> Callable[[], None]:
         buses.look_for(engine.urgent)
 
     take()
-    (view,) = engine.features()
-    assert view.state == "ACTIVE", view
+    assert [view.state for view in engine.features()] == ["ACTIVE"] * features
     return take
 
 
@@ -381,7 +391,8 @@ def receive(name: str) -> dict[str, float]:
     os.sched_setaffinity(0, {(os.cpu_count() or 1) - 1})
     if name in {"naive", "filtered"}:
         return peer(filtered=name == "filtered")
-    return ours(everything=name == "all", manager=name[0] == "m", engine=name.endswith("engine"))
+    features = 10 if name == "ten" else int(name.endswith("engine"))
+    return ours(everything=name == "all", manager=name[0] == "m", features=features)
 
 
 def main() -> None:

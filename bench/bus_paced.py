@@ -19,8 +19,8 @@ from typing import Any
 
 from bench import bus_load
 
-RECEIVERS = ("naive", "filtered", "all", "ours", "engine")
-FILTERED = frozenset({"filtered", "ours", "engine"})
+RECEIVERS = ("naive", "filtered", "all", "ours", "engine", "ten")
+FILTERED = frozenset({"filtered", "ours", "engine", "ten"})
 SETTLE_S = 1.0
 _HOST = "127.0.0.1"
 

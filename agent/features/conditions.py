@@ -31,6 +31,8 @@ MAX_EXPRESSION_CHARS: Final = 1024
 """Longest source of a condition."""
 MAX_INPUTS: Final = 32
 """Most signals that one condition may read."""
+MAX_KNOWN: Final = 256
+"""Most results of one condition that are remembered."""
 MAX_DEPTH: Final = 16
 """Deepest nesting of brackets in a condition."""
 
@@ -81,6 +83,8 @@ class Condition:
         self._context = context
         # Only what changed is handed to the evaluator again; that is most of the cost.
         self._given: list[SignalValue | None] = [None] * len(spec.inputs)
+        self._known: dict[tuple[tuple[type, SignalValue], ...], bool | None] = {}
+        """What values gave before: many meters ask the same."""
 
     @classmethod
     def compile(cls, spec: ConditionSpec) -> Condition:
@@ -114,6 +118,15 @@ class Condition:
         inputs = [values.get(name) for name in self.spec.inputs]
         if None in inputs:
             return None
+        key = tuple([(type(value), value) for value in inputs if value is not None])
+        if key in self._known:
+            return self._known[key]
+        if len(self._known) >= MAX_KNOWN:
+            self._known.clear()
+        result = self._known[key] = self._evaluated(inputs)
+        return result
+
+    def _evaluated(self, inputs: list[SignalValue | None]) -> bool | None:
         try:
             for index, value in enumerate(inputs):
                 if value is not self._given[index]:

@@ -21,6 +21,7 @@ from agent.metering.quantity import MAX_READING, READINGS
 from agent.metering.record import GENESIS_HASH, Head, Record, Use, append
 from agent.model import (
     ActuatorKind,
+    ConditionSpec,
     Entitlement,
     FeatureSpec,
     MeterKind,
@@ -77,6 +78,7 @@ class Ledger:
         self.free: frozenset[str] = frozenset()
         """Features whose use is declared and not billed for now, because it cannot be written down."""
         self._sessions: dict[str, list[_Session]] = {}
+        self._conditions: dict[ConditionSpec, Condition] = {}
         self._armed: dict[str, list[OpenWindow]] = {}
         self._confirmed_ns: dict[str, int] = {}
         self._recovered: list[OpenWindow] = []
@@ -117,6 +119,13 @@ class Ledger:
         """Shortest of the ages at which a signal that is metered counts as silent; a day if none is."""
         meters = [session.meter for sessions in self._sessions.values() for session in sessions]
         return min((meter.shortest_age_ns for meter in meters), default=DAY_NS)
+
+    def _compiled(self, spec: ConditionSpec) -> Condition:
+        """The condition of an expression: meters of many features ask the same of the same values."""
+        known = self._conditions.get(spec)
+        if known is None:
+            known = self._conditions[spec] = Condition.compile(spec)
+        return known
 
     def is_metering(self, feature_id: str) -> bool:
         """Whether sessions of a feature are at work."""
@@ -190,7 +199,7 @@ class Ledger:
         sessions = []
         for meter_spec in spec.meters:
             confirmation = _confirmation(spec, meter_spec)
-            meter = Meter(meter_spec, self._infos, confirmation)
+            meter = Meter(meter_spec, self._infos, confirmation, self._compiled)
             last, seen = signals.last, signals.seen_ns
             if confirmation is not None:
                 last, seen = {**last, confirmation.name: True}, {**seen, confirmation.name: now_ns}

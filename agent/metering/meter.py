@@ -19,7 +19,7 @@ the moment up to which every signal was heard.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from agent.errors import ConditionError
@@ -39,7 +39,7 @@ from agent.metering.quantity import (
     least,
     most,
 )
-from agent.model import MeterKind, MeterSpec, SignalBatch, SignalInfo, SignalValue
+from agent.model import ConditionSpec, MeterKind, MeterSpec, SignalBatch, SignalInfo, SignalValue
 
 Dimensions = tuple[tuple[str, str], ...]
 """Dimension names and values, sorted by name."""
@@ -99,7 +99,11 @@ class Meter:
     """One meter of one feature while the feature is on."""
 
     def __init__(
-        self, spec: MeterSpec, infos: Mapping[str, SignalInfo], confirmation: SignalInfo | None = None
+        self,
+        spec: MeterSpec,
+        infos: Mapping[str, SignalInfo],
+        confirmation: SignalInfo | None = None,
+        compiled: Callable[[ConditionSpec], Condition] = Condition.compile,
     ) -> None:
         """Compiles the meter's conditions.
 
@@ -108,6 +112,7 @@ class Meter:
             infos: units, steps and maximum ages of the signals.
             confirmation: what, besides the signals, must be heard for use to
                 count: the ECU's own word that the feature is on.
+            compiled: gives the condition of an expression; meters may share them.
 
         Raises:
             ConditionError: an expression does not compile.
@@ -116,9 +121,9 @@ class Meter:
         infos = {**infos, confirmation.name: confirmation} if confirmation else infos
         counts_edges = spec.kind is MeterKind.COUNT and spec.counter is None
         status = spec.condition if not counts_edges else None
-        self._condition = Condition.compile(status) if status else None
+        self._condition = compiled(status) if status else None
         self._dimensions = tuple(
-            (d.name, tuple((value, Condition.compile(c)) for value, c in d.values)) for d in spec.dimensions
+            (d.name, tuple((value, compiled(c)) for value, c in d.values)) for d in spec.dimensions
         )
         names = list(status.inputs) if status else []
         for dimension in spec.dimensions:

@@ -128,21 +128,20 @@ class Course:
 
     def observe(self, batch: SignalBatch, now_ns: int) -> None:
         """Takes what the bus brought; holes become values of None."""
-        changes: list[tuple[str, SignalValue | None, int, int]] = [
-            (name, value, at_ns, at_ns if before_ns is None else before_ns)
-            for name, value, at_ns, before_ns in batch.changes
-            if name in self._ages
-        ]
+        changes: list[tuple[str, SignalValue | None, int, int]] = []
+        for name in self._ages:
+            for _, value, at_ns, before_ns in batch.by_name.get(name, ()):
+                changes.append((name, value, at_ns, at_ns if before_ns is None else before_ns))
         for name, max_age_ns in self._ages.items():
-            before_ns, seen_ns = self.seen_ns.get(name), batch.seen_ns.get(name)
-            if seen_ns is not None and seen_ns != before_ns:
-                begin_ns = self._hole(name, before_ns, seen_ns, batch)
+            heard_ns, seen_ns = self.seen_ns.get(name), batch.seen_ns.get(name)
+            if seen_ns is not None and seen_ns != heard_ns:
+                begin_ns = self._hole(name, heard_ns, seen_ns, batch)
                 if begin_ns is not None:
                     changes = self._with_hole(changes, name, begin_ns, seen_ns)
-                self.seen_ns[name] = before_ns = seen_ns
-            if before_ns is not None and now_ns - before_ns > max_age_ns and name not in self._silent:
+                self.seen_ns[name] = heard_ns = seen_ns
+            if heard_ns is not None and now_ns - heard_ns > max_age_ns and name not in self._silent:
                 self._silent.add(name)
-                changes.append((name, None, before_ns, before_ns))
+                changes.append((name, None, heard_ns, heard_ns))
         if changes:
             self._last.update((name, value) for name, value, _, _ in changes if value is not None)
             self.queue += changes
@@ -369,8 +368,9 @@ class Cumulative:
 
     @property
     def reading(self) -> int | None:
-        """Latest reading up to the present moment, in whole units of the meter; None if there is none."""
-        return None if self._reading is None else self._reading // FINE
+        """Latest reading up to the present moment, or before the start; whole units of the meter."""
+        reading = self._last if self._reading is None else self._reading
+        return None if reading is None else reading // FINE
 
     def open(self, now_ns: int, last: Mapping[str, SignalValue], seen_ns: Mapping[str, int]) -> None:
         """As `Quantity.open`."""
@@ -379,17 +379,17 @@ class Cumulative:
         self._since = self._heard = self._first = self._rate_at(now_ns)
         if self._name in last and self._name in seen_ns:
             self._seen_ns, self._last = seen_ns[self._name], self._parsed(last[self._name])
-            if now_ns - self._seen_ns <= self._max_age_ns:
+            # Who has moved since the reading was heard has not moved in this run.
+            if self._seen_ns >= now_ns:
                 self._reading = self._last
         self._floor = self._reading or 0
 
     def observe(self, batch: SignalBatch, now_ns: int) -> None:
         """As `Quantity.observe`."""
         self._rate.observe(batch, now_ns)
-        for name, value, at_ns, before_ns in batch.changes:
-            if name == self._name:
-                self._last = self._parsed(value)
-                self._queue.append((self._last, at_ns, -1 if before_ns is None else before_ns))
+        for _, value, at_ns, before_ns in batch.by_name.get(self._name, ()):
+            self._last = self._parsed(value)
+            self._queue.append((self._last, at_ns, -1 if before_ns is None else before_ns))
         seen_ns = batch.seen_ns.get(self._name, self._seen_ns)
         if seen_ns > self._seen_ns:
             self._seen_ns = seen_ns

@@ -124,6 +124,18 @@ def test_distance_is_the_odometer_difference_less_the_first_step() -> None:
     assert total.gap == 20
 
 
+def test_what_was_driven_before_the_start_is_not_billed_however_old_the_reading() -> None:
+    bench = Bench(WAY, odo=100.00, speed=180.0)
+    bench.seen[SPEED] = 900 * MS
+    bench.open(900)  # 50 m/s: 45 m since the odometer was heard
+    for n in range(10, 21):
+        bench.frames((n * 100, SPEED, 180.0), (n * 100, ODO, round(100 + n // 2 * 0.01, 2)))
+    bench.meter.close(2000 * MS)
+    total, driven_m = bench.total(), 55
+    assert total.value <= driven_m <= total.value + total.gap
+    assert total.value >= driven_m - 20
+
+
 def test_an_odometer_that_outruns_the_speed_is_not_billed() -> None:
     bench = Bench(WAY, odo=100.00, speed=36.0)
     bench.open(0)
