@@ -265,8 +265,6 @@ class World:
                 made = self._settled(command)
                 self._write(lambda: self._store_usage(command, made))
             case ev.StoreTrust():
-                # A right may change hands in motion: the meters' limit is a reading one odometer step old.
-                self._write(self.send_frames)
                 self._write(lambda: self._store_trust(command))
             case ev.MarkSent(number, _, _):
                 self._write(lambda: self._store_mark(number))
