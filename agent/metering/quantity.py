@@ -41,6 +41,8 @@ READINGS: Final[Mapping[MeterKind, tuple[str, int]]] = MappingProxyType(
 """By kind: the unit of an odometer or counter (VSS), and how many units of the meter one of it is."""
 MAX_READING: Final = 2**53
 """Highest reading of a counter, in its unit; beyond it, floats are no whole numbers any more."""
+BRAKING_MM_PER_S2: Final = 15_000
+"""No road vehicle brakes harder: what bounds a way before the first frame of the speed that is known."""
 MOST_EVENTS_PER_H: Final = 36_000
 """Events come no more often than ten times a second, unless the catalogue says so (`at_most_per_h`)."""
 _NS_PER_H: Final = 3_600_000_000_000
@@ -241,6 +243,7 @@ class Integral:
         # Without a unit, or with one that is not known, it is taken to be VSS's own.
         self._factor = units.factor(info.unit if info else "", unit) or 1.0
         self._step = info.resolution if info and margin == (1, 1) else 0.0
+        self._unit = unit
         self._fastest = fastest_per_h * FINE
         self._margin = margin
         self._rates: tuple[int, int] | None = None
@@ -263,6 +266,12 @@ class Integral:
     def frontier(self, now_ns: int) -> int:
         """As `Quantity.frontier`."""
         return self._course.frontier(now_ns)
+
+    def most_before(self, elapsed_ns: int) -> int:
+        """The most in so long a time before the start, fine units; a vehicle may have braked meanwhile."""
+        rate = self._fastest if self._rates is None else min(self._fastest, self._rates[1])
+        braked = BRAKING_MM_PER_S2 * elapsed_ns**2 // (2 * 10**18) if self._unit == "km/h" else 0
+        return -(-rate * elapsed_ns // _NS_PER_H) + braked
 
     def at(self, time_ns: int) -> Position:
         """As `Quantity.at`."""
@@ -353,6 +362,10 @@ class Cumulative:
         self._seen_ns = -1
         self._last: int | None = None
         """Latest reading, of those to come as well."""
+        self._before: int | None = None
+        """The one that was known at the start."""
+        self._opened_ns = self._early = 0
+        """The start, and what may have been used between the last reading and it."""
         self._reading: int | None = None
         self._slack = 0
         """What may have been used beyond `_base` while there is no reading, besides the rate."""
@@ -369,19 +382,23 @@ class Cumulative:
     @property
     def reading(self) -> int | None:
         """Latest reading up to the present moment, or before the start; whole units of the meter."""
-        reading = self._last if self._reading is None else self._reading
+        reading = self._before if self._reading is None else self._reading
         return None if reading is None else reading // FINE
 
     def open(self, now_ns: int, last: Mapping[str, SignalValue], seen_ns: Mapping[str, int]) -> None:
         """As `Quantity.open`."""
-        self._time_ns = now_ns
+        self._time_ns = self._opened_ns = now_ns
         self._rate.open(now_ns, last, seen_ns)
         self._since = self._heard = self._first = self._rate_at(now_ns)
         if self._name in last and self._name in seen_ns:
-            self._seen_ns, self._last = seen_ns[self._name], self._parsed(last[self._name])
-            # Who has moved since the reading was heard has not moved in this run.
-            if self._seen_ns >= now_ns:
+            self._seen_ns = seen_ns[self._name]
+            self._last = self._before = self._parsed(last[self._name])
+            age_ns = now_ns - self._seen_ns
+            if age_ns <= 0:
                 self._reading = self._last
+            elif age_ns <= self._max_age_ns:
+                # What was used since it was heard is declared; what is counted begins with the next reading.
+                self._early = self._step + self._rate.most_before(age_ns)
         self._floor = self._reading or 0
 
     def observe(self, batch: SignalBatch, now_ns: int) -> None:
@@ -412,7 +429,9 @@ class Cumulative:
         self._hear(min(time_ns, heard_ns))
         here = self._rate_at(time_ns)
         if self._reading is None:
-            return Position(self._base, self._base + self._slack + most(self._since, here), self._wide)
+            early = self._early if time_ns <= self._opened_ns else 0
+            high = self._base + self._slack + most(self._since, here)
+            return Position(self._base - early, high, self._wide)
         position = self._base + self._reading
         low, high = position, position + self._step
         if heard_ns < time_ns:

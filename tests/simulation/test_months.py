@@ -34,6 +34,8 @@ FOUND = {
     276: "these books: a commit that a power cut tore is not where a crash's gap begins",
     2814: "these books: what a sale left open had no bound, and its ECU was on for another day",
     1_795_611_146_297: "these books: a gap that was declared and then lost with its commit is still open",
+    1_795_612_683_612: "meters: the way between the last reading and the start of metering was not declared",
+    1_795_612_684_652: "the same, after another crash",
     3086: "these books: a right changed hands in motion, seconds after the odometer was read",
 }
 """Seeds that once found something, and what."""
